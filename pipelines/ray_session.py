@@ -1,0 +1,66 @@
+"""The one place where a job gets its Ray from.
+
+Submitted with `ray job submit`, or with `RAY_ADDRESS` set, a job joins that cluster. Otherwise it starts a cluster of
+its own on this machine, which lives as long as the job. A cluster that merely happens to run on this machine is never
+joined: plain `ray.init()` would, and a laptop's experiment would then land on somebody else's cluster.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+
+import ray
+
+
+def start_ray(num_cpus: int | None = None) -> None:
+    """Connect this process to Ray, and say on stdout to which one.
+
+    Args:
+        num_cpus: CPUs that a cluster of our own announces; all of the machine's where None. A cluster that is joined
+            keeps what it has.
+
+    Raises:
+        ConnectionError: `RAY_ADDRESS` is set and nothing answers there. No local cluster is started in its place.
+    """
+    if ray.is_initialized():
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        _join(address)
+    else:
+        _start_local(num_cpus)
+
+
+def _join(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    if port.isdigit() and "://" not in address:
+        _check_answers(address, host, int(port))
+    ray.init(address, logging_level=logging.WARNING)
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    print(f"ray: joined the cluster at {address} ({nodes} nodes, {_describe_resources()})", flush=True)
+
+
+def _check_answers(address: str, host: str, port: int) -> None:
+    """Ray itself retries for minutes before it says that nobody is there."""
+    try:
+        socket.create_connection((host, port), timeout=10).close()
+    except OSError as error:
+        raise ConnectionError(f"RAY_ADDRESS={address}: no Ray cluster answers there ({error})") from error
+
+
+def _start_local(num_cpus: int | None) -> None:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray protects a local cluster with a token by default. Given none, it writes a world-readable one to ~/.ray.
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    # It then warns that the cluster is protected, which nobody has to act on.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    ray.init("local", num_cpus=num_cpus, include_dashboard=False, logging_level=logging.WARNING)
+    print(f"ray: started a local cluster ({_describe_resources()})", flush=True)
+
+
+def _describe_resources() -> str:
+    resources = ray.cluster_resources()
+    return f"{resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs"
