@@ -1,0 +1,230 @@
+"""Images: bytes -> RGB picture -> tiles -> pixels, one code path for preparing, training and serving.
+
+`decode_image` takes bytes from strangers: formats are allow-listed, the header's size is checked before anything is
+decoded, and whatever is wrong becomes an `ImageError` with a reason. `FlashSlothImageProcessor` resizes and cuts tiles:
+
+    base  1 tile   the whole image squashed to size x size
+    hd    5 tiles  the same, then the image padded to a square with grey, resized to 2 size x 2 size and cut in four
+
+Resampling is Pillow's bicubic: torchvision's differs by more than the 1e-5 by which we agree with the published model.
+"""
+
+import io
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from transformers import BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor
+
+NUM_TILES = {"base": 1, "hd": 5}
+GREY = (127, 127, 127)  # int(255 * mean): what the published HD padding uses; also what shows through transparency
+
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+MAX_PIXELS = 50_000_000  # 150 MB as RGB; a 48-megapixel phone photo passes, and Pillow itself only warns at 89 million
+MIN_SIDE = 4  # pixels; below this there is nothing to see
+MAX_SIDE = 12_000  # pixels; the HD square pads the short side up to the long one, so area alone does not bound memory
+MAX_ASPECT = 200  # long side : short side
+
+# Pillow's own bomb warning is silenced while a header is read (our limit is lower and raises). `catch_warnings` swaps
+# process-wide state, so threads that decode at the same time take turns; reading a header takes microseconds.
+_HEADER_LOCK = threading.Lock()
+
+
+class ImageError(ValueError):
+    """An image that cannot be used.
+
+    Attributes:
+        reason: one of image_empty, image_format_not_allowed, image_too_large, image_bad_size, image_truncated,
+            image_undecodable; stable, meant for counting.
+        detail: what was found, for a person.
+    """
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(reason, detail)  # both in args: the error crosses processes by pickle
+        self.reason = reason
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
+
+
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, formats: Sequence[str] = IMAGE_FORMATS) -> Image.Image:
+    """Decodes untrusted bytes to an upright RGB picture.
+
+    Of a file with several frames or pages the first is taken. GIF is refused unless `formats` names it.
+
+    Args:
+        data: an encoded image.
+        max_pixels: width x height above which the image is refused, before decoding.
+        formats: Pillow's names of the formats to accept.
+
+    Raises:
+        ImageError: for every image that cannot be used; nothing else is raised, whatever the bytes.
+    """
+    if not data:
+        raise ImageError("image_empty", "0 bytes")
+    image = _open_header(data, formats)
+    _check_size(*image.size, max_pixels)
+    try:
+        image.load()
+        return to_rgb(ImageOps.exif_transpose(image))
+    except ImageError:
+        raise
+    except Exception as error:  # decoders raise anything from SyntaxError to zlib.error on hostile bytes
+        raise _decoding_error(data, error) from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Converts a picture of any mode to RGB, by a fixed rule per mode.
+
+    Transparency shows grey 127, never the hidden colour; 16-bit grey is scaled to 8 bits (Pillow's own conversion
+    would saturate); palette, CMYK, 1-bit and the rest go by Pillow's conversion, colour profiles ignored.
+
+    Raises:
+        ImageError: image_undecodable for 32-bit integer and float pictures, whose range is not defined.
+    """
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I;16"):
+        samples = np.asarray(image).astype(np.uint32)
+        return Image.fromarray(((samples + 128) // 257).astype(np.uint8)).convert("RGB")  # 65535 / 255 = 257
+    if image.mode in ("I", "F"):
+        raise ImageError(
+            "image_undecodable", f"32-bit samples (mode {image.mode}) have no defined range; save as 8 or 16 bit"
+        )
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, (*GREY, 255)), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def normalize_pixels(pixels: Tensor) -> Tensor:
+    """uint8 pixels of any shape -> float32 in [-1, 1] (mean 0.5, std 0.5), on the device where they are."""
+    return (pixels.float() / 255 - 0.5) / 0.5
+
+
+class FlashSlothImageProcessor(BaseImageProcessor):
+    """Pictures -> `pixel_values`, by Pillow alone.
+
+    Args:
+        tiling: "base" (1 tile) or "hd" (5 tiles: the whole, top-left, top-right, bottom-left, bottom-right).
+        size: side of a tile in pixels, the tower's image size.
+
+    Raises:
+        ValueError: for a tiling that does not exist or a size that is not positive.
+    """
+
+    model_input_names = ["pixel_values"]  # noqa: RUF012 (read as an attribute by transformers)
+
+    def __init__(self, tiling: str = "base", size: int = 384, **kwargs: Any):
+        super().__init__(**kwargs)
+        if tiling not in NUM_TILES:
+            raise ValueError(f"tiling is {tiling!r}; it must be one of {sorted(NUM_TILES)}")
+        if size < 1:
+            raise ValueError(f"size is {size}; a tile needs at least 1 pixel")
+        self.tiling = tiling
+        self.size = size
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles per image: 1 or 5."""
+        return NUM_TILES[self.tiling]
+
+    def to_uint8(self, image: Image.Image) -> np.ndarray:
+        """One picture -> `uint8[T, 3, size, size]`, tiles in the order of the sequence. What shards may store."""
+        image = to_rgb(image)
+        tiles = [image.resize((self.size, self.size), Image.Resampling.BICUBIC)]
+        if self.tiling == "hd":
+            tiles += _quarters(_padded_square(image), self.size)
+        return np.stack([np.asarray(tile).transpose(2, 0, 1) for tile in tiles])
+
+    def preprocess(  # type: ignore[override]
+        self, images: Image.Image | Sequence[Image.Image], return_tensors: str | None = "pt"
+    ) -> BatchFeature:
+        """Pictures -> `pixel_values: float32[N, T, 3, size, size]`.
+
+        Args:
+            images: one Pillow picture or several; decode bytes with `decode_image` first.
+            return_tensors: "pt" or None, both give torch tensors, and "np".
+
+        Raises:
+            TypeError: for anything that is not a Pillow picture.
+        """
+        pictures = [images] if isinstance(images, Image.Image) else list(images)
+        for index, picture in enumerate(pictures):
+            if not isinstance(picture, Image.Image):
+                raise TypeError(f"image {index} is a {type(picture).__name__}; pass PIL images (bytes: decode_image)")
+        shape = (0, self.num_tiles, 3, self.size, self.size)
+        tiles = np.stack([self.to_uint8(picture) for picture in pictures]) if pictures else np.zeros(shape, np.uint8)
+        return BatchFeature({"pixel_values": normalize_pixels(torch.from_numpy(tiles))}, tensor_type=return_tensors)
+
+
+def _padded_square(image: Image.Image) -> Image.Image:
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), GREY)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+def _quarters(square: Image.Image, size: int) -> list[Image.Image]:
+    large = square.resize((2 * size, 2 * size), Image.Resampling.BICUBIC)
+    return [large.crop((x, y, x + size, y + size)) for y in (0, size) for x in (0, size)]
+
+
+def _open_header(data: bytes, formats: Sequence[str]) -> Image.Image:
+    try:
+        with _HEADER_LOCK, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return Image.open(io.BytesIO(data), formats=tuple(formats))
+    except Image.DecompressionBombError as error:
+        raise ImageError("image_too_large", str(error)) from error
+    except UnidentifiedImageError as error:
+        foreign = _foreign_format(data, formats)
+        if foreign:
+            raise ImageError("image_format_not_allowed", f"{foreign}; accepted: {', '.join(formats)}") from error
+        raise _decoding_error(data, error) from error
+    except Exception as error:  # a broken header raises as freely as a broken body
+        raise _decoding_error(data, error) from error
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    short, long = sorted((width, height))
+    if short < MIN_SIDE:
+        raise ImageError("image_bad_size", f"{width}x{height}; each side needs at least {MIN_SIDE} pixels")
+    if long > MAX_ASPECT * short:
+        raise ImageError("image_bad_size", f"{width}x{height}; sides differ by more than {MAX_ASPECT} to 1")
+    if width * height > max_pixels:
+        raise ImageError("image_too_large", f"{width}x{height} = {width * height} pixels; at most {max_pixels}")
+    if long > MAX_SIDE:
+        raise ImageError("image_too_large", f"{width}x{height}; at most {MAX_SIDE} pixels a side")
+
+
+def _foreign_format(data: bytes, formats: Sequence[str]) -> str | None:
+    """Name of the known format, outside `formats`, whose signature the data carries. Nothing is opened."""
+    Image.init()
+    for name, (_, accepts) in Image.OPEN.items():
+        if name not in formats and accepts is not None and accepts(data[:16]) is True:
+            return name
+    return None
+
+
+# Signature -> does the file end before its format says it may?
+_CUT_OFF: dict[bytes, Callable[[bytes], bool]] = {
+    b"\xff\xd8\xff": lambda data: not data.rstrip(b"\x00").endswith(b"\xff\xd9"),
+    b"\x89PNG": lambda data: b"IEND" not in data[-16:],
+    b"RIFF": lambda data: int.from_bytes(data[4:8], "little") + 8 > len(data),
+    b"BM": lambda data: int.from_bytes(data[2:6], "little") > len(data),
+}
+
+
+def _decoding_error(data: bytes, error: Exception) -> ImageError:
+    """Tells a download that broke off (try again) from bytes that were never an image."""
+    cut = any(data.startswith(signature) and is_cut(data) for signature, is_cut in _CUT_OFF.items())
+    reason = "image_truncated" if cut or "truncated" in str(error) else "image_undecodable"
+    return ImageError(reason, f"{len(data)} bytes: {type(error).__name__}: {error}")
