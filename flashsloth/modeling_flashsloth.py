@@ -1,0 +1,444 @@
+"""FlashSloth (arXiv 2412.04317, CVPR 2025) on the SigLIP and Phi of transformers.
+
+What is ours: spatial attention pooling, the query tokens, the embedded query module, and how they are wired. The
+released code re-guesses turns and question spans inside `forward`; here they come in as `question_ids`.
+
+Shapes: B rows, S positions, N images, T tiles, P patches of a tile, V vision width, D text width, Q query tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, PhiModel, PreTrainedModel, SiglipVisionConfig, SiglipVisionModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.phi.modeling_phi import PhiConfig, PhiDecoderLayer
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_flashsloth import FlashSlothConfig
+from .embedded_query import EmbeddedQuery, QueryPlan
+from .pooling import SpatialAttentionPooling
+
+# The parts that recipes train, freeze or give a learning rate of their own, and what marks the names of their
+# parameters. The first match counts: the embedded query module lives inside the language model.
+PARTS: dict[str, tuple[str, ...]] = {
+    "vision_tower": ("model.vision_tower.",),
+    "pooling": ("model.pooling.",),
+    "projector": ("model.projector.",),
+    "query_tokens": ("model.query_tokens",),
+    "embedded_query": (".embedded_query.",),
+    "language_model": ("model.language_model.", "lm_head."),
+}
+
+
+def part_of(parameter_name: str) -> str:
+    """The name in `PARTS` of the part that a parameter of `FlashSlothForConditionalGeneration` belongs to."""
+    for part, marks in PARTS.items():
+        if any(mark in parameter_name for mark in marks):
+            return part
+    raise ValueError(f"{parameter_name} belongs to no part of the model; the parts are {', '.join(PARTS)}")
+
+
+@dataclass
+class FlashSlothOutput(ModelOutput):
+    """What the model returns.
+
+    Attributes:
+        loss: float[], mean over the loss tokens (or their sum over `num_items_in_batch`), where labels were given.
+        logits: float[B, S, vocabulary] of the head, absent from `FlashSlothModel`.
+        last_hidden_state: float[B, S, D].
+        image_hidden_states: float[N, T * R, D], the visual tokens that entered the sequence.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    image_hidden_states: torch.Tensor | None = None
+
+
+class FlashSlothVisionTower(SiglipVisionModel):
+    """SigLIP read before its last norm: what comes out is the output of the last layer that runs."""
+
+    def __init__(self, config: SiglipVisionConfig):
+        super().__init__(config)
+        # Never applied in FlashSloth; kept as a parameter it would be reported missing and starve data parallelism.
+        self.post_layernorm = nn.Identity()
+
+
+class FlashSlothProjector(nn.Module):
+    """The released `mlp2x_gelu`: from vision width to text width."""
+
+    def __init__(self, config: FlashSlothConfig):
+        super().__init__()
+        self.linear_1 = nn.Linear(config.vision_config.hidden_size, config.text_config.hidden_size)
+        self.act = nn.GELU()
+        self.linear_2 = nn.Linear(config.text_config.hidden_size, config.text_config.hidden_size)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """float[N, R, V] to float[N, R, D]."""
+        return self.linear_2(self.act(self.linear_1(tokens)))
+
+
+class FlashSlothQueryLayer(PhiDecoderLayer):
+    """A Phi layer that lets the query tokens look at the image first."""
+
+    def __init__(self, config: FlashSlothConfig, layer_idx: int):
+        super().__init__(config.text_config, layer_idx)
+        self.embedded_query = EmbeddedQuery(config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        *args: Any,
+        query_plan: QueryPlan | None = None,
+        patches: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """A Phi layer's forward; with a plan and `patches` float[N, T * P, V], EmbQ updates its input first."""
+        if query_plan is not None and patches is not None:
+            hidden_states = self.embedded_query(hidden_states, patches, query_plan)
+        return super().forward(hidden_states, *args, **kwargs)
+
+
+class FlashSlothTextModel(PhiModel):
+    """Phi with one layer exchanged: PhiModel hands unknown keyword arguments to its layers, so nothing is copied."""
+
+    _no_split_modules = ["PhiDecoderLayer", "FlashSlothQueryLayer"]  # noqa: RUF012
+
+    def __init__(self, config: PhiConfig, flashsloth: FlashSlothConfig):
+        super().__init__(config)
+        self.layers[flashsloth.query_layer] = FlashSlothQueryLayer(flashsloth, flashsloth.query_layer)
+        self.post_init()
+
+
+class FlashSlothPreTrainedModel(PreTrainedModel):
+    """Flags and initialisation shared by the model with and without its head."""
+
+    config_class = FlashSlothConfig
+    config: FlashSlothConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules: list[str] = ["PhiDecoderLayer", "FlashSlothQueryLayer", "SiglipEncoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, FlashSlothModel):
+            # The published start: Kaiming uniform with a = sqrt(5), as torch starts a linear layer.
+            init.kaiming_uniform_(module.query_tokens, a=math.sqrt(5))
+
+
+class FlashSlothModel(FlashSlothPreTrainedModel):
+    """Tower, pooling, projector, query tokens and language model, without the head."""
+
+    def __init__(self, config: FlashSlothConfig):
+        super().__init__(config)
+        self.vision_tower = FlashSlothVisionTower._from_config(config.vision_config)
+        self.pooling = SpatialAttentionPooling(config)
+        self.projector = FlashSlothProjector(config)
+        self.query_tokens = nn.Parameter(torch.empty(config.num_query_tokens, config.text_config.hidden_size))
+        self.language_model = FlashSlothTextModel._from_config(config.text_config, flashsloth=config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Phi's token embedding."""
+        return self.language_model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace Phi's token embedding."""
+        self.language_model.embed_tokens = value
+
+    def get_patch_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Run the tower alone: `pixel_values` float[N, T, 3, H, W] or [N, 3, H, W] to float[N, T, P, V].
+
+        Raises:
+            ValueError: the number of tiles or their size is not the configured one.
+        """
+        tiles = pixel_values[:, None] if pixel_values.dim() == 4 else pixel_values
+        side = self.config.vision_config.image_size
+        expected = (self.config.num_tiles, self.config.vision_config.num_channels, side, side)
+        if tuple(tiles.shape[1:]) != expected:
+            raise ValueError(
+                f"pixel_values has images of shape {tuple(tiles.shape[1:])}, this {self.config.tiling} model takes "
+                f"[tiles, channels, height, width] = {expected}"
+            )
+        dtype = self.vision_tower.embeddings.patch_embedding.weight.dtype
+        return self.vision_tower(tiles.flatten(0, 1).to(dtype)).last_hidden_state.unflatten(0, tiles.shape[:2])
+
+    @can_return_tuple
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """Encode images: `last_hidden_state` float[N, T * P, V] for EmbQ, `pooler_output` float[N, T * R, D]."""
+        return self._project(self.get_patch_features(pixel_values))
+
+    def _project(self, patch_features: torch.Tensor) -> BaseModelOutputWithPooling:
+        patches = patch_features[:, None] if patch_features.dim() == 3 else patch_features
+        expected = (self.config.num_tiles, self.config.num_patches, self.config.vision_config.hidden_size)
+        if tuple(patches.shape[1:]) != expected:
+            raise ValueError(
+                f"patch_features has images of shape {tuple(patches.shape[1:])}, this {self.config.tiling} model takes "
+                f"[tiles, patches, width] = {expected}"
+            )
+        patches = patches.to(self.pooling.score_in.weight.dtype)
+        tokens = self.projector(self.pooling(patches.flatten(0, 1)))
+        return BaseModelOutputWithPooling(
+            last_hidden_state=patches.flatten(1, 2),
+            pooler_output=tokens.unflatten(0, patches.shape[:2]).flatten(1, 2),
+        )
+
+    def _encode_images(
+        self,
+        pixel_values: torch.Tensor | None,
+        patch_features: torch.Tensor | None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None,
+    ) -> tuple[BaseModelOutputWithPooling | None, bool]:
+        """The encoded images, and whether they are only a stand-in for a micro-batch without any."""
+        encoded = (mm_encoder_outputs or {}).get("image")
+        given = sum(v is not None for v in (pixel_values, patch_features, encoded))
+        if given > 1:
+            raise ValueError(f"{given} of pixel_values, patch_features and mm_encoder_outputs were given: give one")
+        images = pixel_values if pixel_values is not None else patch_features
+        if images is None:
+            return encoded, False
+        absent = images.shape[0] == 0
+        if absent and not self.training:
+            return None, False
+        if absent:
+            # Every rank must run the same modules, or ranks with images wait for this one for ever.
+            images = images.new_zeros((1, *images.shape[1:]))
+        features = self.get_patch_features(images) if pixel_values is not None else images
+        return self._project(features), absent
+
+    def _embed(self, input_ids: torch.Tensor, image: BaseModelOutputWithPooling | None, absent: bool) -> torch.Tensor:
+        """Token embeddings with visual and query tokens at their placeholders: float[B, S, D]."""
+        embed = self.get_input_embeddings()
+        embeds = embed(input_ids)
+        visual = None if image is None or absent else image.pooler_output
+        image_mask = input_ids == self.config.image_token_id
+        self._check_placeholders(image_mask, visual)
+        if visual is not None:
+            embeds = embeds.masked_scatter(image_mask[..., None], visual.to(embeds.dtype))
+        elif image is not None:
+            embeds = embeds + 0.0 * image.pooler_output.to(embeds.dtype).mean()
+
+        query_mask = input_ids == self.config.query_token_id
+        turns, rest = divmod(int(query_mask.sum()), self.config.num_query_tokens)
+        if rest:
+            raise ValueError(
+                f"{int(query_mask.sum())} query tokens are no whole number of turns of {self.config.num_query_tokens}"
+            )
+        bias = embed(torch.full((1,), self.config.query_bias_token_id, device=input_ids.device))
+        queries = (self.query_tokens.to(embeds.dtype) + bias).repeat(max(turns, 1), 1)
+        if turns:
+            return embeds.masked_scatter(query_mask[..., None], queries)
+        return embeds + 0.0 * queries.mean() if self.training else embeds
+
+    def _check_placeholders(self, image_mask: torch.Tensor, visual: torch.Tensor | None) -> None:
+        per_image = self.config.num_image_tokens
+        placeholders, features = int(image_mask.sum()), 0 if visual is None else visual.shape[0] * visual.shape[1]
+        if placeholders != features:
+            raise ValueError(
+                f"{placeholders} image placeholders stand in input_ids, the images give {features} visual tokens "
+                f"({per_image} each): give one image for every {per_image} placeholders"
+            )
+        uneven = (image_mask.sum(1) % per_image).nonzero()
+        if len(uneven):
+            row = int(uneven[0])
+            raise ValueError(
+                f"row {row} has {int(image_mask[row].sum())} image placeholders, no multiple of {per_image} an image"
+            )
+
+    def _plan_queries(self, input_ids: torch.Tensor, question_ids: torch.Tensor | None) -> QueryPlan:
+        if question_ids is None:
+            raise ValueError("question_ids is missing: images were given, and EmbQ reads each turn's question")
+        if question_ids.shape != input_ids.shape:
+            raise ValueError(
+                f"question_ids has shape {tuple(question_ids.shape)}, input_ids {tuple(input_ids.shape)}: they go "
+                "together position by position (chunked prefill is not possible, a question may not be cut)"
+            )
+        query_mask = input_ids == self.config.query_token_id
+        turns = question_ids[query_mask].view(-1, self.config.num_query_tokens)
+        rows = query_mask.nonzero()[:, 0].view_as(turns)
+        whole = ((turns == turns[:, :1]) & (rows == rows[:, :1]) & (turns > 0)).all(dim=1)
+        whole[1:] &= (turns[1:, 0] != turns[:-1, 0]) | (rows[1:, 0] != rows[:-1, 0])
+        if not bool(whole.all()):
+            at = int((~whole).nonzero()[0])
+            row, turn = int(rows[at, 0]), int(turns[at, 0])
+            count = int((query_mask[row] & (question_ids[row] == turn)).sum())
+            raise ValueError(
+                f"row {row}, turn {turn}: {count} query tokens carry this turn in question_ids, "
+                f"the model takes {self.config.num_query_tokens} a turn"
+            )
+        return QueryPlan.build(
+            question_ids, query_mask, input_ids == self.config.image_token_id, self.config.num_image_tokens
+        )
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        question_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        patch_features: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Any,
+    ) -> FlashSlothOutput:
+        """Run the model up to the last norm; see `FlashSlothForConditionalGeneration.forward` for the arguments."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        image, absent = self._encode_images(pixel_values, patch_features, mm_encoder_outputs)
+        plan = None
+        if input_ids is not None:
+            inputs_embeds = self._embed(input_ids, image, absent)
+            if absent:
+                plan = QueryPlan.idle(input_ids.shape[1], self.config.num_query_tokens, input_ids.device)
+            elif image is not None:
+                plan = self._plan_queries(input_ids, question_ids)
+        elif image is not None:
+            raise ValueError("images come with input_ids, whose placeholders say where they stand; got inputs_embeds")
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            query_plan=plan,
+            patches=None if image is None else image.last_hidden_state,
+            **kwargs,
+        )
+        return FlashSlothOutput(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=None if image is None or absent else image.pooler_output,
+        )
+
+
+class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, GenerationMixin):
+    """FlashSloth with its language-model head: what is trained, generates, and is saved."""
+
+    def __init__(self, config: FlashSlothConfig):
+        super().__init__(config)
+        self.model = FlashSlothModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=True)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Phi's token embedding."""
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace Phi's token embedding."""
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The head."""
+        return self.lm_head
+
+    def get_patch_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """The tower alone; see `FlashSlothModel.get_patch_features`."""
+        return self.model.get_patch_features(pixel_values)
+
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """Encoded images; see `FlashSlothModel.get_image_features`."""
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        question_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        patch_features: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Any,
+    ) -> FlashSlothOutput:
+        """Compute logits and, with labels, the loss.
+
+        Args:
+            input_ids: int64[B, S], placeholders expanded: `num_image_tokens` an image, `num_query_tokens` a turn.
+            attention_mask: int64[B, S], 0 at padding on either side.
+            labels: int64[B, S], -100 where there is no loss.
+            question_ids: int64[B, S], k at the question and query tokens of turn k, else 0. Needed with images.
+            pixel_values: float[N, T, 3, H, W] or, untiled, float[N, 3, H, W]: one entry an image, in order of
+                appearance, row by row. In training, N = 0 says "no image in this micro-batch": the image parts then
+                run once on zeros without effect, so that ranks of one job stay in step.
+            patch_features: float[N, T, P, V], what the tower makes of `pixel_values`, instead of them.
+            position_ids: int64[B, S].
+            past_key_values: keys and values of earlier positions.
+            inputs_embeds: float[B, S, D] instead of `input_ids`, for text alone.
+            logits_to_keep: compute the logits of the last positions only (0: all).
+            mm_encoder_outputs: images encoded by `get_image_features`, as `generate` passes them.
+            **kwargs: `num_items_in_batch` (the loss is the sum over this many tokens instead of the mean), and what
+                attention implementations take.
+
+        Raises:
+            ValueError: placeholders, features, query tokens and turns do not match in number.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            question_ids=question_ids,
+            pixel_values=pixel_values,
+            patch_features=patch_features,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            mm_encoder_outputs=mm_encoder_outputs,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
+        outputs.loss, outputs.logits = loss, logits
+        return outputs
+
+    def prepare_inputs_for_generation(
+        self, *args: Any, is_first_iteration: bool | None = False, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Images and questions are read in the prefill; afterwards they live in the cache."""
+        inputs = super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            inputs.pop("question_ids", None)
+            inputs.pop("patch_features", None)
+        return inputs
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, **kwargs: Any
+    ) -> tuple[torch.LongTensor, dict[str, Any]]:
+        # transformers repeats the pooled tokens of encoded images for beams, but not the patches that EmbQ reads.
+        encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+        if encoded is not None and expand_size > 1:
+            encoded.last_hidden_state = encoded.last_hidden_state.repeat_interleave(expand_size, dim=0)
+        return super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)
+
+
+__all__ = ["FlashSlothForConditionalGeneration", "FlashSlothModel", "FlashSlothPreTrainedModel"]
