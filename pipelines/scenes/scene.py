@@ -1,0 +1,103 @@
+"""What a scene is: one to three coloured shapes, each inside its own cell of a 3 x 3 grid, on some background.
+
+An object never leaves its cell, so nothing overlaps and every place has exactly one name. The grid is also what keeps
+training and held-out scenes apart: see `Scene.is_heldout`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+COLORS = ("red", "green", "blue", "yellow")
+SHAPES = ("circle", "square", "triangle")
+# Row by row, as cell numbers count.
+PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
+BACKGROUNDS = ("light", "dark", "gradient", "noise")
+
+MIN_SIDE, MAX_SIDE = 112, 176
+MIN_RADIUS, MAX_RADIUS = 0.105, 0.15
+# Half a cell is 1/6 of the picture; an object keeps this much of it free on each side.
+CELL_MARGIN = 0.008
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One coloured shape.
+
+    `x`, `y` are its centre as fractions of the picture's width and height, `radius` (half of its extent) is a fraction
+    of the shorter side, `angle` is in radians.
+    """
+
+    color: str
+    shape: str
+    cell: int
+    x: float
+    y: float
+    radius: float
+    angle: float
+
+    @property
+    def place(self) -> str:
+        """The name of the cell, such as "top left"."""
+        return PLACES[self.cell]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Objects in reading order, on a background, in a picture of `width` x `height` pixels."""
+
+    objects: tuple[SceneObject, ...]
+    background: str
+    width: int
+    height: int
+
+    @property
+    def description(self) -> frozenset[tuple[str, str, str]]:
+        """What is where, as (colour, shape, place): two pictures with equal descriptions show the same scene."""
+        return frozenset((o.color, o.shape, o.place) for o in self.objects)
+
+    @property
+    def is_heldout(self) -> bool:
+        """Whether this scene is kept from training: one description in nine is.
+
+        The rule is a sum modulo nine over the objects, not a hash, so that every kind of object is held out about
+        equally often in every place, even among the 108 scenes of a single object.
+        """
+        codes = [o.cell + 2 * COLORS.index(o.color) + 3 * SHAPES.index(o.shape) for o in self.objects]
+        return sum(codes) % len(PLACES) == 0
+
+
+def invent_scene(rng: np.random.Generator, heldout: bool) -> Scene:
+    """Draw scenes from `rng` until one falls on the wanted side of the split."""
+    while True:
+        scene = _invent(rng)
+        if scene.is_heldout == heldout:
+            return scene
+
+
+def _invent(rng: np.random.Generator) -> Scene:
+    num_objects = int(rng.integers(1, 4))
+    cells = sorted(rng.choice(len(PLACES), size=num_objects, replace=False).tolist())
+    # Kinds differ within a scene, so "the red circle" is one object wherever it is said.
+    kinds = rng.choice(len(COLORS) * len(SHAPES), size=num_objects, replace=False).tolist()
+    width, height = rng.integers(MIN_SIDE, MAX_SIDE + 1, size=2).tolist()
+    objects = tuple(_place_object(rng, kind, cell) for kind, cell in zip(kinds, cells, strict=True))
+    return Scene(objects, str(rng.choice(BACKGROUNDS)), width, height)
+
+
+def _place_object(rng: np.random.Generator, kind: int, cell: int) -> SceneObject:
+    radius = float(rng.uniform(MIN_RADIUS, MAX_RADIUS))
+    row, column = divmod(cell, 3)
+    room = 1 / 6 - radius - CELL_MARGIN
+    shift_x, shift_y = rng.uniform(-room, room, size=2).tolist()
+    return SceneObject(
+        color=COLORS[kind % len(COLORS)],
+        shape=SHAPES[kind // len(COLORS)],
+        cell=cell,
+        x=(column + 0.5) / 3 + shift_x,
+        y=(row + 0.5) / 3 + shift_y,
+        radius=radius,
+        angle=float(rng.uniform(-0.14, 0.14)),
+    )
