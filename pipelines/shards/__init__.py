@@ -1,0 +1,6 @@
+"""Shards: Arrow files named by their content, and the manifest that makes them a dataset."""
+
+from pipelines.shards.manifest import Manifest, ManifestError, ShardEntry
+from pipelines.shards.reader import ShardedDataset, ShardError
+
+__all__ = ["Manifest", "ManifestError", "ShardEntry", "ShardError", "ShardedDataset"]

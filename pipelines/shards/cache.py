@@ -1,0 +1,57 @@
+"""Shards of an object store, kept on this machine in a folder of bounded size. Processes and datasets may share it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+
+class ShardCache:
+    """Files named by their content, so an entry is never stale.
+
+    Args:
+        folder: default is `flashsloth/shards` below `$XDG_CACHE_HOME` or `~/.cache`.
+        max_bytes: the least recently used files leave when the folder outgrows this.
+    """
+
+    def __init__(self, folder: str | None, max_bytes: int) -> None:
+        self.folder = Path(folder) if folder else _default_folder()
+        self.max_bytes = max_bytes
+
+    def get(self, sha256: str, fetch: Callable[[], bytes]) -> Path:
+        """The file of the shard with hash `sha256`, filled by `fetch` if it is not here."""
+        path = self.folder / f"{sha256}.arrow"
+        try:
+            os.utime(path)  # the time of last use, by which the cache forgets
+        except FileNotFoundError:
+            self._store(path, fetch())
+        return path
+
+    def _store(self, path: Path, data: bytes) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._make_room(len(data))
+        # Several processes may fetch one shard: each writes its own file, and the last rename wins with equal bytes.
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+
+    def _make_room(self, needed: int) -> None:
+        used: dict[str, tuple[float, int]] = {}
+        for file in os.scandir(self.folder):
+            with contextlib.suppress(FileNotFoundError):  # another process makes room at the same time
+                if file.name.endswith(".arrow"):
+                    facts = file.stat()
+                    used[file.path] = (facts.st_mtime, facts.st_size)
+        held = sum(size for _, size in used.values())
+        for path, (_, size) in sorted(used.items(), key=lambda item: item[1]):
+            if held + needed <= self.max_bytes:
+                return
+            Path(path).unlink(missing_ok=True)  # a process that has it mapped keeps its pages
+            held -= size
+
+
+def _default_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashsloth" / "shards"

@@ -1,0 +1,105 @@
+"""The manifest: the one file that makes a folder of shards a dataset. It is written last and read first."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pipelines import storage
+
+MANIFEST_NAME = "manifest.json"
+MANIFEST_VERSION = 1
+
+Payload = Literal["original", "pixels", "features"]
+Layout = Literal["chat", "caption"]
+
+
+class ManifestError(ValueError):
+    """A folder has no manifest, or one that cannot be read."""
+
+
+class ShardEntry(BaseModel):
+    """One shard, and what a sampler must know of its rows without opening it: a number per row, in row order."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    """Path below the dataset's folder; the file's name is its sha256."""
+    rows: int
+    bytes: int
+    sha256: str
+    num_tokens: list[int]
+    num_loss_tokens: list[int]
+    has_image: list[bool]
+    num_turns: list[int]
+
+
+class QuarantineEntry(BaseModel):
+    """The table of the rows that could not become samples."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
+class Manifest(BaseModel):
+    """A finished dataset. It holds no times and no host names: equal work gives an equal manifest."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    version: int = MANIFEST_VERSION
+    plan: str
+    """Hash of the plan that this dataset carries out."""
+    payload: Payload
+    layout: Layout
+    max_length: int
+    tiling: str
+    num_image_tokens: int
+    image_shape: list[int] | None
+    """Shape of every stored array: [T, 3, H, W] pixels, [T, P, D] features; null for encoded images."""
+    processor_identity: str
+    encoder_identity: str | None
+    """Hash of the frozen tower whose features are stored; null for the other payloads."""
+    arrow_schema: dict[str, str] = Field(alias="schema")
+    planned: int
+    written: int
+    quarantined: int
+    quarantine_reasons: dict[str, int]
+    quarantine: QuarantineEntry | None
+    shards: list[ShardEntry]
+
+    @classmethod
+    def load(cls, folder: str) -> Manifest:
+        """Read the manifest of the dataset in `folder`.
+
+        Raises:
+            ManifestError: there is none (the preparation has not finished), or it is not one of ours.
+        """
+        uri = storage.join(folder, MANIFEST_NAME)
+        try:
+            data = storage.read_bytes(uri)
+        except FileNotFoundError as error:
+            raise ManifestError(
+                f"{folder}: no {MANIFEST_NAME} here: this is no prepared dataset, or its preparation has not finished; "
+                "run jobs/prepare.py with its recipe to finish it"
+            ) from error
+        try:
+            return cls.model_validate_json(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"])
+            raise ManifestError(
+                f"{uri}: not a manifest of version {MANIFEST_VERSION}: {field}: {first['msg']}"
+            ) from error
+
+    def to_json(self) -> bytes:
+        """The bytes that are stored; equal manifests give equal bytes."""
+        return self.model_dump_json(by_alias=True).encode()
+
+    def identity(self) -> str:
+        """The sha256 of the manifest: a training run that resumes compares it."""
+        return storage.sha256(self.to_json())

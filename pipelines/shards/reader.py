@@ -1,0 +1,172 @@
+"""A prepared dataset as a sequence: open the manifest, read any row by its number, from a local folder or from S3.
+
+A shard is checked (size and sha256) when a process first opens it. A local shard is memory-mapped where it lies. One on
+an object store is fetched whole into a cache folder of bounded size, since training comes back to it.
+"""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_right
+from collections import OrderedDict
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipelines import storage
+from pipelines.shards.cache import ShardCache
+from pipelines.shards.manifest import Manifest, ShardEntry
+
+# Each open shard holds a file descriptor, of which a process commonly has 1024.
+_MAX_OPEN_SHARDS = 64
+_ARRAY_FIELDS = {"pixels": "pixel_values", "features": "patch_features"}
+_UNPICKLED = ("_lock", "_open", "_checked")
+
+
+class ShardError(ValueError):
+    """A shard is not what the manifest says; the message names it with what was expected and what is there."""
+
+
+class ShardedDataset:
+    """The samples of a prepared folder, in a fixed order. Threads may read at once; a pickled copy opens its own files.
+
+    Args:
+        folder: where `jobs/prepare.py` wrote; a local path or any URI of fsspec.
+        cache_dir: where shards of an object store are kept; see ShardCache.
+        cache_bytes: the size of that cache.
+
+    Attributes:
+        num_tokens: int64[N], length of `input_ids`.
+        num_loss_tokens: int64[N], labels that count.
+        has_image: bool[N].
+
+    Raises:
+        ManifestError: `folder` holds no finished dataset.
+    """
+
+    def __init__(self, folder: str, cache_dir: str | None = None, cache_bytes: int = 64 * 2**30) -> None:
+        self.folder = storage.resolve(str(folder))
+        self.manifest = Manifest.load(self.folder)
+        self.cache = ShardCache(cache_dir, cache_bytes)
+        shards = self.manifest.shards
+        self._stops = np.cumsum([shard.rows for shard in shards], dtype=np.int64).tolist()
+        self.num_tokens = np.array([n for shard in shards for n in shard.num_tokens], dtype=np.int64)
+        self.num_loss_tokens = np.array([n for shard in shards for n in shard.num_loss_tokens], dtype=np.int64)
+        self.has_image = np.array([has for shard in shards for has in shard.has_image], dtype=bool)
+        self._forget()
+
+    def __len__(self) -> int:
+        return self._stops[-1] if self._stops else 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in _UNPICKLED}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._forget()
+
+    def read(self, index: int) -> dict[str, Any]:
+        """Row `index` of the dataset.
+
+        Returns:
+            key, id, source: str. messages: list of {role, content}. question_types: list of str, one per user turn or
+            none. input_ids, labels, question_ids: int32[S]. And, where the row has an image, by the dataset's payload:
+            pixel_values: uint8[T, 3, H, W]; patch_features: float16[T, P, D]; image_bytes: bytes, as received.
+            The arrays are the caller's own.
+
+        Raises:
+            IndexError: no such row.
+            ShardError: the shard is missing or is not the one that was written.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {self.folder}, which has {len(self)} rows")
+        number = bisect_right(self._stops, index)
+        first = self._stops[number - 1] if number else 0
+        row = self._shard(number).row(index - first)
+        sample = {name: row[name][0].as_py() for name in ("key", "id", "source", "messages", "question_types")}
+        for name in ("input_ids", "labels", "question_ids"):
+            sample[name] = np.array(row[name][0].values)
+        image = row["image"][0].as_buffer()
+        if image is not None:
+            field = _ARRAY_FIELDS.get(self.manifest.payload)
+            sample[field or "image_bytes"] = _array(row, image) if field else image.to_pybytes()
+        return sample
+
+    def _forget(self) -> None:
+        self._lock = Lock()
+        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._checked: set[int] = set()
+
+    def _shard(self, number: int) -> _OpenShard:
+        with self._lock:
+            if number not in self._open:
+                self._open[number] = _OpenShard(self, number)
+            self._open.move_to_end(number)
+            if len(self._open) > _MAX_OPEN_SHARDS:
+                self._open.popitem(last=False)
+            return self._open[number]
+
+
+class _OpenShard:
+    """One shard, opened and checked by the first thread that reads a row of it while others read other shards."""
+
+    def __init__(self, dataset: ShardedDataset, number: int) -> None:
+        self._dataset = dataset
+        self._number = number
+        self._lock = Lock()
+        self._file: pa.RecordBatchFileReader | None = None
+
+    def row(self, position: int) -> pa.RecordBatch:
+        """Row `position` of the shard: its record batch, a view of the mapped file."""
+        with self._lock:
+            if self._file is None:
+                self._file = pa.ipc.open_file(self._map())
+            return self._file.get_batch(position)
+
+    def _map(self) -> pa.MemoryMappedFile:
+        dataset, entry = self._dataset, self._dataset.manifest.shards[self._number]
+        uri = storage.join(dataset.folder, entry.name)
+        if storage.is_local(uri):
+            path = uri
+        else:
+            path = str(dataset.cache.get(entry.sha256, lambda: _fetch(entry, uri)))
+        if not os.path.exists(path):
+            raise _missing(entry, uri)
+        source = pa.memory_map(path)
+        if self._number not in dataset._checked:
+            check(entry, uri, source.read_buffer())
+            dataset._checked.add(self._number)
+        return source
+
+
+def check(entry: ShardEntry, uri: str, data: bytes | pa.Buffer) -> None:
+    """Raise ShardError unless `data`, found at `uri`, is what `entry` says was written."""
+    remedy = "the shard was changed or cut after it was written; restore it, or prepare the dataset again"
+    if len(data) != entry.bytes:
+        raise ShardError(f"{uri}: expected {entry.bytes} bytes, found {len(data)}: {remedy}")
+    digest = storage.sha256(memoryview(data))
+    if digest != entry.sha256:
+        raise ShardError(f"{uri}: expected sha256 {entry.sha256}, found {digest}: {remedy}")
+
+
+def _fetch(entry: ShardEntry, uri: str) -> bytes:
+    try:
+        data = storage.read_bytes(uri)
+    except FileNotFoundError as error:
+        raise _missing(entry, uri) from error
+    check(entry, uri, data)
+    return data
+
+
+def _missing(entry: ShardEntry, uri: str) -> ShardError:
+    return ShardError(
+        f"{uri}: expected {entry.bytes} bytes with sha256 {entry.sha256}, found no such file: "
+        "restore it, or prepare the dataset again"
+    )
+
+
+def _array(row: pa.RecordBatch, image: pa.Buffer) -> np.ndarray:
+    shape, dtype = row["image_shape"][0].as_py(), row["image_dtype"][0].as_py()
+    return np.frombuffer(image, dtype=dtype).reshape(shape).copy()
