@@ -1,0 +1,1 @@
+"""The model behind HTTP, in the shape of the OpenAI API."""
