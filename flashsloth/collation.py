@@ -59,11 +59,11 @@ def _length(sample: Sample, keys: Mapping[str, int], index: int) -> int:
 
 def _padded(rows: Sequence[Any], lengths: Sequence[int], fill: int, padding_side: str) -> Tensor:
     width = max(lengths)
-    table = torch.full((len(rows), width), fill, dtype=torch.int64)
+    table = np.full((len(rows), width), fill, dtype=np.int64)
     for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
         start = width - length if padding_side == "left" else 0
-        table[index, start : start + length] = torch.as_tensor(np.asarray(row), dtype=torch.int64)
-    return table
+        table[index, start : start + length] = np.asarray(row)
+    return torch.from_numpy(table)
 
 
 def _stacked_images(samples: Sequence[Sample]) -> dict[str, Tensor]:
@@ -78,11 +78,11 @@ def _stacked_images(samples: Sequence[Sample]) -> dict[str, Tensor]:
             "a batch holds one kind of image payload"
         )
     key, first = used[0], owners[used[0]][0]
-    images = [torch.as_tensor(samples[index][key]) for index in owners[key]]
+    images = [np.asarray(samples[index][key]) for index in owners[key]]
     for index, image in zip(owners[key], images, strict=True):
         if image.shape != images[0].shape:
             raise ValueError(
-                f"{key} of sample {index} is {tuple(image.shape)}, of sample {first} {tuple(images[0].shape)}; "
+                f"{key} of sample {index} is {image.shape}, of sample {first} {images[0].shape}; "
                 "one tiling and size per batch"
             )
-    return {key: torch.stack(images)}
+    return {key: torch.from_numpy(np.stack(images))}

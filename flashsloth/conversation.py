@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from flashsloth.image_processing_flashsloth import ImageError, decode_image
+from .image_processing_flashsloth import ImageError, decode_image
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
@@ -78,11 +78,12 @@ def chat_pieces(messages: Sequence[Message], has_image: bool, system: str, query
         ConversationError: conversation_empty, malformed_message, role_order, empty_question, empty_answer.
     """
     _check_turns(messages)
+    is_sample = messages[-1]["role"] == "assistant"  # nothing is learned from a prompt, not even its earlier answers
     pieces = [Piece("text", f"{system} USER:" if system else "USER:")]
     for index, message in enumerate(messages):
         turn, content = index // 2 + 1, message["content"]
         if message["role"] == "assistant":
-            pieces += [Piece("text", " " + content, learned=True), Piece("eos", learned=True)]
+            pieces += [Piece("text", " " + content, learned=is_sample), Piece("eos", learned=is_sample)]
             continue
         if turn > 1:
             pieces.append(Piece("text", "USER:"))

@@ -22,7 +22,8 @@ from torch import Tensor
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
-NUM_TILES = {"base": 1, "hd": 5}
+from .configuration_flashsloth import TILES
+
 GREY = (127, 127, 127)  # int(255 * mean): what the published HD padding uses; also what shows through transparency
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
@@ -124,8 +125,8 @@ class FlashSlothImageProcessor(BaseImageProcessor):
 
     def __init__(self, tiling: str = "base", size: int = 384, **kwargs: Any):
         super().__init__(**kwargs)
-        if tiling not in NUM_TILES:
-            raise ValueError(f"tiling is {tiling!r}; it must be one of {sorted(NUM_TILES)}")
+        if tiling not in TILES:
+            raise ValueError(f"tiling is {tiling!r}; it must be one of {sorted(TILES)}")
         if size < 1:
             raise ValueError(f"size is {size}; a tile needs at least 1 pixel")
         self.tiling = tiling
@@ -134,7 +135,7 @@ class FlashSlothImageProcessor(BaseImageProcessor):
     @property
     def num_tiles(self) -> int:
         """Tiles per image: 1 or 5."""
-        return NUM_TILES[self.tiling]
+        return TILES[self.tiling]
 
     def to_uint8(self, image: Image.Image) -> np.ndarray:
         """One picture -> `uint8[T, 3, size, size]`, tiles in the order of the sequence. What shards may store."""
@@ -188,7 +189,7 @@ def _open_header(data: bytes, formats: Sequence[str]) -> Image.Image:
         foreign = _foreign_format(data, formats)
         if foreign:
             raise ImageError("image_format_not_allowed", f"{foreign}; accepted: {', '.join(formats)}") from error
-        raise _decoding_error(data, error) from error
+        raise _decoding_error(data, ValueError("not a recognised image")) from error
     except Exception as error:  # a broken header raises as freely as a broken body
         raise _decoding_error(data, error) from error
 

@@ -5,7 +5,7 @@ One template for training and inference: both go through `FlashSlothProcessor.en
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from PIL import Image
@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import BatchFeature, PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
 
-from flashsloth.collation import IGNORED_LABEL, collate
-from flashsloth.conversation import (
+from .collation import IGNORED_LABEL, collate
+from .conversation import (
     SYSTEM,
     TEMPLATE_VERSION,
     ConversationError,
@@ -24,7 +24,7 @@ from flashsloth.conversation import (
     chat_pieces,
     read_conversation,
 )
-from flashsloth.image_processing_flashsloth import FlashSlothImageProcessor
+from .image_processing_flashsloth import FlashSlothImageProcessor
 
 QUERY_TOKEN = "<learnable>"
 EOS_TOKEN = "</s>"
@@ -116,9 +116,9 @@ class FlashSlothProcessor(ProcessorMixin):
             max_length: instead of the processor's.
 
         Returns:
-            `input_ids, labels, question_ids`, lists of one length. Labels are -100 but for answers and their `</s>`
-            (caption layout: the caption and the newline). A question id is k for tokens of question k and for its
-            query tokens, else 0.
+            `input_ids, labels, question_ids`, lists of one length. Labels are -100 but for a sample's answers and
+            their `</s>` (caption layout: the caption and the newline). A question id is k for tokens of question k
+            and for its query tokens, else 0.
 
         Raises:
             ConversationError: for a conversation that cannot be laid out, and too_long.
@@ -180,12 +180,12 @@ class FlashSlothProcessor(ProcessorMixin):
     def apply_chat_template(  # type: ignore[override]
         self,
         conversation: Sequence[Message] | Sequence[Sequence[Message]],
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         tokenize: bool = True,
         return_dict: bool = True,
         return_tensors: str = "pt",
-        add_generation_prompt: bool = True,
-        padding_side: str = "left",
-        max_length: int | None = None,
+        processor_kwargs: Mapping[str, Any] | None = None,
     ) -> BatchFeature:
         """Conversations with typed content (Hugging Face's or OpenAI's parts) -> what `generate` takes.
 
@@ -193,21 +193,23 @@ class FlashSlothProcessor(ProcessorMixin):
 
         Args:
             conversation: one or several; see `flashsloth.conversation.read_conversation` for the parts.
+            add_generation_prompt: must be True for a conversation that ends with a question (the prompt is part of
+                that turn) and False for one that ends with an answer.
+            continue_final_message: must be False.
             tokenize: must be True.
             return_dict: must be True.
             return_tensors: must be "pt".
-            add_generation_prompt: must be True for a conversation that ends with a question (the prompt is part of
-                that turn) and False for one that ends with an answer.
-            padding_side: as in `__call__`.
-            max_length: as in `__call__`.
+            processor_kwargs: `padding_side` and `max_length` for `__call__`.
 
         Raises:
             ConversationError: as `read_conversation` and `encode`.
             ImageError: for an image that cannot be decoded.
             ValueError: for an option that does not hold what is said above.
         """
-        if not tokenize or not return_dict or return_tensors != "pt":
-            raise ValueError("only tokenize=True, return_dict=True, return_tensors='pt' are supported: no string form")
+        if not tokenize or not return_dict or return_tensors != "pt" or continue_final_message:
+            raise ValueError(
+                "only tokenize=True, return_dict=True, return_tensors='pt', continue_final_message=False are supported"
+            )
         single = not conversation or not isinstance(conversation[0], Sequence)
         conversations: Any = [conversation] if single else conversation
         read = [read_conversation(turns) for turns in conversations]
@@ -217,12 +219,8 @@ class FlashSlothProcessor(ProcessorMixin):
                     f"add_generation_prompt={add_generation_prompt} with a conversation that ends with the "
                     f"{messages[-1]['role']}"
                 )
-        return self(
-            images=[image for _, image in read],
-            messages=[messages for messages, _ in read],
-            padding_side=padding_side,
-            max_length=max_length,
-        )
+        images = [image for _, image in read]
+        return self(images=images, messages=[messages for messages, _ in read], **(processor_kwargs or {}))
 
     def post_process(self, generated_ids: Tensor | Sequence[Sequence[int]]) -> list[str]:
         """Generated ids `int[B, S]`, prompt cut off -> answers: no special tokens, nothing around the text."""
