@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
@@ -74,7 +74,7 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, formats: Sequence[st
     _check_size(*image.size, max_pixels)
     try:
         image.load()
-        return to_rgb(ImageOps.exif_transpose(image))
+        return to_rgb(_upright(image))
     except ImageError:
         raise
     except Exception as error:  # decoders raise anything from SyntaxError to zlib.error on hostile bytes
@@ -176,6 +176,24 @@ def _padded_square(image: Image.Image) -> Image.Image:
 def _quarters(square: Image.Image, size: int) -> list[Image.Image]:
     large = square.resize((2 * size, 2 * size), Image.Resampling.BICUBIC)
     return [large.crop((x, y, x + size, y + size)) for y in (0, size) for x in (0, size)]
+
+
+# EXIF orientation -> how to turn the picture upright.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    # `ImageOps.exif_transpose` also writes the EXIF block anew, and fails on good pictures whose other tags are odd.
+    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    return image if turn is None else image.transpose(turn)
 
 
 def _open_header(data: bytes, formats: Sequence[str]) -> Image.Image:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
 from flashsloth.image_processing_flashsloth import (
@@ -168,6 +168,29 @@ def test_the_picture_is_turned_upright(image_format):
     top, bottom = upright.getpixel((16, 8)), upright.getpixel((16, 56))
     assert top[0] > 200 > top[2]
     assert bottom[2] > 200 > bottom[0]
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_all_orientations_turn_as_pillow_turns_them(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(noise(), exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert np.array_equal(np.asarray(decode_image(data)), np.asarray(expected))
+
+
+def test_an_odd_exif_block_does_not_cost_the_picture():
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "a bus"
+    data = encoded(noise(), "JPEG", exif=exif)
+    start = data.index(b"Exif\0\0")
+    end = start - 2 + int.from_bytes(data[start - 2 : start])  # the segment's length precedes it
+    for position in range(start + 6, end):
+        for value in (0, 127, 255):
+            damaged = bytearray(data)
+            damaged[position] = value
+            with warnings.catch_warnings(action="ignore"):
+                assert sorted(decode_image(bytes(damaged)).size) == [60, 80]
 
 
 def test_transparency_shows_grey_and_not_the_hidden_colour():
