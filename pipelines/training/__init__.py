@@ -1,0 +1,1 @@
+"""Training: what runs on Ray Train workers, and what starts and checks it."""

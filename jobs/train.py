@@ -1,0 +1,33 @@
+"""Train FlashSloth on prepared shards: `python jobs/train.py --config jobs/recipes/align.yaml [--run.name mine ...]`.
+
+The same command with the same `run.name` continues the run from its last checkpoint that verifies. What it leaves in
+`run.storage`/`run.name`: checkpoints, metrics.jsonl, tensorboard/, config.yaml, and at the end the model in export/.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from pipelines.ray_session import start_ray
+from pipelines.settings import load_settings
+from pipelines.training.launch import TrainingError, check_cluster, check_inputs, resolve_settings, train
+from pipelines.training.settings import TrainSettings
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, check, run, report."""
+    settings = resolve_settings(load_settings(TrainSettings, argv, prog="train.py"))
+    try:
+        check_inputs(settings)
+        start_ray(num_cpus=None)
+        check_cluster(settings.scaling)
+        exported = train(settings)
+    except (ValueError, OSError, TrainingError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"trained {settings.run.name}: the model is in {exported}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

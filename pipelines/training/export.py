@@ -1,0 +1,164 @@
+"""The checkpoint that leaves a training run: a `from_pretrained` folder of safetensors and processor files.
+
+Written beside its place and renamed into it, or, on an object store, uploaded with `export.json` last. That file lists
+what the folder holds; without it the folder is no checkpoint of ours but the remains of a killed export.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from transformers import PreTrainedModel
+
+from flashsloth import FlashSlothProcessor
+from pipelines import storage
+
+MANIFEST_NAME = "export.json"
+_LARGEST_FILE = "4GB"
+
+
+class ExportError(ValueError):
+    """A folder is no complete checkpoint; the message names it and what is missing."""
+
+
+class ExportManifest(BaseModel):
+    """`export.json`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: int = 1
+    step: int
+    """Optimizer steps that the weights have behind them."""
+    files: dict[str, str]
+    """File name -> sha256."""
+
+
+def write_export(
+    target: str,
+    model: PreTrainedModel,
+    state_dict: Mapping[str, torch.Tensor],
+    processor: FlashSlothProcessor,
+    step: int,
+) -> None:
+    """Save `state_dict` as a checkpoint of `model`'s kind, with its processor, at the folder or URI `target`."""
+    local = storage.is_local(target)
+    parent = Path(target).parent if local else Path(tempfile.mkdtemp(prefix="flashsloth-export-"))
+    folder = parent / f".{Path(target).name}.{uuid.uuid4().hex[:8]}.part"
+    try:
+        model.save_pretrained(
+            folder, state_dict=dict(state_dict), max_shard_size=_LARGEST_FILE, save_original_format=False
+        )
+        processor.save_pretrained(folder)
+        files = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
+        manifest = ExportManifest(step=step, files=files)
+        (folder / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=1))
+        if local:
+            _replace(folder, Path(target))
+        else:
+            _upload(folder, target, manifest)
+    finally:
+        shutil.rmtree(folder if local else parent, ignore_errors=True)
+
+
+def fetch_export(uri: str) -> Path:
+    """A checkpoint's folder on this machine; one on an object store is downloaded and verified first.
+
+    Local folders may come from elsewhere, such as `jobs/convert.py`, so they need no `export.json`.
+
+    Raises:
+        ExportError: There is no such folder, or it is not complete.
+    """
+    if storage.is_local(uri):
+        folder = Path(storage.resolve(uri))
+        _require_checkpoint(folder)
+        return folder
+    try:
+        manifest = ExportManifest.model_validate_json(storage.read_bytes(storage.join(uri, MANIFEST_NAME)))
+    except FileNotFoundError as error:
+        raise ExportError(
+            f"{uri}: no {MANIFEST_NAME} here: no checkpoint, or its export was killed half-way"
+        ) from error
+    # Named by content, so a second fetch of the same checkpoint finds it and another one never mixes with it.
+    key = hashlib.sha256(manifest.model_dump_json().encode()).hexdigest()[:16]
+    folder = Path.home() / ".cache" / "flashsloth" / "checkpoints" / key
+    if not folder.exists():
+        _download(uri, manifest, folder)
+    return folder
+
+
+def read_export_step(uri: str) -> int | None:
+    """The step that the export at `uri` is of, or None where there is no complete export."""
+    try:
+        return ExportManifest.model_validate_json(storage.read_bytes(storage.join(uri, MANIFEST_NAME))).step
+    except FileNotFoundError:
+        return None
+
+
+def _require_checkpoint(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ExportError(f"{folder}: there is no such checkpoint folder")
+    weights = ("model.safetensors", "model.safetensors.index.json")
+    missing = [] if (folder / "config.json").exists() else ["config.json"]
+    if not any((folder / name).exists() for name in weights):
+        missing.append(" or ".join(weights))
+    if missing:
+        found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+        raise ExportError(f"{folder} is no FlashSloth checkpoint: it lacks {' and '.join(missing)}; it holds {found}")
+
+
+def _replace(folder: Path, target: Path) -> None:
+    """Rename `folder` to `target`; an earlier export there makes way, since a folder cannot be renamed over another."""
+    old = folder.with_suffix(".old")
+    if target.exists():
+        target.rename(old)
+    folder.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _upload(folder: Path, target: str, manifest: ExportManifest) -> None:
+    file_system, path = storage.filesystem(target)
+    marker = f"{path}/{MANIFEST_NAME}"
+    if file_system.exists(marker):
+        file_system.rm(marker)  # from here on the folder is no checkpoint, until the new one is complete
+    for name in manifest.files:
+        file_system.put_file(str(folder / name), f"{path}/{name}")
+    file_system.put_file(str(folder / MANIFEST_NAME), marker)
+
+
+def _download(uri: str, manifest: ExportManifest, folder: Path) -> None:
+    file_system, path = storage.filesystem(uri)
+    part = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.part")
+    part.mkdir(parents=True)
+    try:
+        for name, expected in manifest.files.items():
+            file_system.get_file(f"{path}/{name}", str(part / name))
+            found = _sha256(part / name)
+            if found != expected:
+                raise ExportError(f"{uri}/{name}: expected sha256 {expected}, found {found}")
+        try:
+            part.rename(folder)
+        except OSError:
+            if not folder.exists():  # another process of this machine was faster: its copy is as good
+                raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def consolidated(engine: Any) -> Mapping[str, torch.Tensor] | None:
+    """All weights of a DeepSpeed engine on rank 0, None on the others. Collective under ZeRO-3: call on every rank."""
+    if engine.zero_optimization_partition_weights():
+        return engine._zero3_consolidated_16bit_state_dict()
+    return engine.module.state_dict() if engine.global_rank == 0 else None

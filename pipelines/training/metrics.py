@@ -1,0 +1,169 @@
+"""What a run says about itself: a line a person reads, a JSONL line and TensorBoard scalars, every few steps."""
+
+from __future__ import annotations
+
+import json
+import resource
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pipelines import storage
+from pipelines.feed import GlobalBatch
+
+METRICS_NAME = "metrics.jsonl"
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss is no longer a number."""
+
+
+@dataclass
+class _Window:
+    """What has gathered since the last line."""
+
+    started: float
+    waited_s: float
+    steps: int = 0
+    samples: int = 0
+    tokens: int = 0
+
+
+class StepMeter:
+    """Gathers a window of steps on every rank, without waiting for the device until the window is read."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._loss = torch.zeros((), device=device)
+        self._window = _Window(time.perf_counter(), 0.0)
+
+    def add_loss(self, loss: torch.Tensor) -> None:
+        """Add a micro-batch's share of its step's loss, as it went into the backward pass."""
+        self._loss += loss.detach()
+
+    def add_step(self, batch: GlobalBatch) -> None:
+        """Count a finished step."""
+        self._window.steps += 1
+        self._window.samples += len(batch.rows)
+        self._window.tokens += batch.num_tokens
+
+    def read(self, waited_s: float, grad_norm: float | None) -> dict[str, float]:
+        """The window's figures, over all ranks; starts a new window. Collective.
+
+        Args:
+            waited_s: Seconds that this rank's steps have waited for data since the run started.
+            grad_norm: Of the last step, before clipping.
+        """
+        window, now = self._window, time.perf_counter()
+        elapsed = now - window.started
+        waited = torch.tensor((waited_s - window.waited_s) / elapsed, device=self._device)
+        both = torch.stack([self._loss / window.steps, waited])
+        dist.all_reduce(both)
+        loss, wait_share = (both / dist.get_world_size()).tolist()
+        self._loss.zero_()
+        self._window = _Window(now, waited_s)
+        figures = {
+            "loss": loss,
+            "seconds_per_step": elapsed / window.steps,
+            "samples_per_s": window.samples / elapsed,
+            "tokens_per_s": window.tokens / elapsed,
+            "data_wait_share": wait_share,
+            "memory_gib": _memory_gib(self._device),
+        }
+        return figures if grad_norm is None else figures | {"grad_norm": grad_norm}
+
+
+class RunLog:
+    """Writes a run's figures into its folder, local or on an object store. For rank 0 alone.
+
+    On an object store the files are gathered on the local disk and copied by `flush`: at checkpoints and at the end.
+    """
+
+    def __init__(self, run_uri: str, num_steps: int, start_step: int) -> None:
+        # TensorBoard takes seconds to import, which other ranks need not spend.
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._uri = run_uri
+        self._local = storage.is_local(run_uri)
+        self._folder = Path(run_uri if self._local else tempfile.mkdtemp(prefix="flashsloth-log-"))
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._num_steps = num_steps
+        self._lines = self._folder / METRICS_NAME
+        self._lines.write_text("".join(_lines_before(run_uri, start_step)))
+        self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=start_step + 1)
+
+    def write(self, step: int, figures: dict[str, Any]) -> None:
+        """Log the figures of the window that ends with `step`."""
+        with self._lines.open("a") as file:
+            file.write(json.dumps({"step": step, **figures}) + "\n")
+        for name, value in figures.items():
+            self._board.add_scalar(f"train/{name}", value, step)
+        print(readable(step, self._num_steps, figures), flush=True)
+
+    def flush(self) -> None:
+        """Make everything written so far visible in the run's folder."""
+        self._board.flush()
+        if not self._local:
+            for path in sorted(self._folder.rglob("*")):
+                if path.is_file():
+                    storage.write_bytes(
+                        storage.join(self._uri, path.relative_to(self._folder).as_posix()), path.read_bytes()
+                    )
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._board.close()
+        self.flush()
+
+
+def readable(step: int, num_steps: int, figures: dict[str, Any]) -> str:
+    """One line for a person: where the run is, what it learns, how fast, and when it will be done."""
+    parts = [
+        f"step {step}/{num_steps}",
+        f"epoch {figures['epoch']:.2f}",
+        f"loss {figures['loss']:.4f}",
+        f"lr {figures['lr']:.2e}",
+        f"grad {figures['grad_norm']:.2f}" if "grad_norm" in figures else "",
+        f"{figures['samples_per_s']:.1f} samples/s",
+        f"{figures['tokens_per_s']:.0f} tokens/s",
+        f"data wait {figures['data_wait_share']:.1%}",
+        f"{figures['memory_gib']:.1f} GiB",
+        f"{_clock(figures['seconds_left'])} left",
+    ]
+    return " | ".join(part for part in parts if part)
+
+
+def read_metrics(run_uri: str) -> list[dict[str, Any]]:
+    """The metrics of a run, one dict per logged step, in order of steps; an empty list where nothing was logged."""
+    return [json.loads(line) for line in _read_lines(run_uri)]
+
+
+def _lines_before(run_uri: str, start_step: int) -> list[str]:
+    """Lines up to `start_step`: what a killed attempt logged after its last checkpoint is done again."""
+    return [line + "\n" for line in _read_lines(run_uri) if json.loads(line)["step"] <= start_step]
+
+
+def _read_lines(run_uri: str) -> list[str]:
+    try:
+        text = storage.read_bytes(storage.join(run_uri, METRICS_NAME)).decode()
+    except FileNotFoundError:
+        return []
+    # The last line of a killed process may be cut.
+    return [line for line in text.split("\n")[:-1] if line]
+
+
+def _memory_gib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _clock(seconds: float) -> str:
+    minutes, second = divmod(int(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"

@@ -1,0 +1,102 @@
+"""What a training process needs around it: the environment DeepSpeed reads, a compiler where there is no GPU."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import random
+import shutil
+import sys
+import sysconfig
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import ray.train.torch
+import torch
+
+_ABANDONED_AFTER_S = 600
+
+
+class CompilerError(ValueError):
+    """DeepSpeed's CPU operator cannot be built here; the message says what to install."""
+
+
+def worker_environment(cpus_per_worker: int, on_gpu: bool) -> dict[str, str]:
+    """Environment variables that must be set before a worker imports torch and DeepSpeed."""
+    environment = {"OMP_NUM_THREADS": str(cpus_per_worker), "TOKENIZERS_PARALLELISM": "false"}
+    if not on_gpu:
+        # DeepSpeed chooses its accelerator when it is imported; with a CUDA build of torch it would choose CUDA.
+        environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    return environment
+
+
+def prepare_process(cpus_per_worker: int, on_gpu: bool) -> torch.device:
+    """Set threads and the device of this worker, and quieten what no one acts on."""
+    torch.set_num_threads(cpus_per_worker)
+    # DeepSpeed 0.19 calls collectives that torch 2.13 has renamed.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    if on_gpu:
+        device = ray.train.torch.get_device()
+        torch.cuda.set_device(device)
+        return device
+    build_cpu_operator()
+    return torch.device("cpu")
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Make dropout a function of seed, step and rank: a resumed run then draws what the uninterrupted one drew."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]))
+
+
+def seed_start(seed: int) -> None:
+    """Seed what new parameters are drawn from; the same on every rank."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def build_cpu_operator() -> None:
+    """Compile the operator that DeepSpeed's communication needs on a CPU; later calls find it compiled.
+
+    Raises:
+        CompilerError: A compiler, ninja or Python's headers are missing.
+    """
+    # ninja comes from a wheel, into the folder of this interpreter, which need not be on PATH.
+    tools = os.path.dirname(sys.executable)
+    if tools not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join([tools, os.environ.get("PATH", "")])
+    require_compiler()
+    import deepspeed.utils
+    from deepspeed.accelerator import get_accelerator
+
+    deepspeed.utils.logger.setLevel("WARNING")
+    from torch.utils.cpp_extension import _get_build_directory
+
+    folder = Path(_get_build_directory("deepspeed_shm_comm", False))
+    with (folder.parent / "flashsloth.lock").open("w") as lock:
+        # Two ranks of one machine would race for the build. torch's own lock is a file that a killed process leaves
+        # behind, on which all later ones then wait for ever; this one dies with its holder.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        abandoned = folder / "lock"
+        if abandoned.exists() and time.time() - abandoned.stat().st_mtime > _ABANDONED_AFTER_S:
+            abandoned.unlink()
+        if not any(folder.glob("*.so")):
+            print("compiling DeepSpeed's CPU operator (once, about half a minute)", flush=True)
+        get_accelerator().create_op_builder("ShareMemCommBuilder").load(verbose=False)
+
+
+def require_compiler() -> None:
+    """Raise `CompilerError` unless a C++ extension can be compiled here."""
+    compiler = os.environ.get("CXX", "c++")
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    missing = []
+    if shutil.which(compiler) is None:
+        missing.append(f"a C++ compiler ({compiler}; Debian and Ubuntu: apt-get install g++)")
+    if shutil.which("ninja") is None:
+        missing.append("ninja (pip install ninja)")
+    if not headers.exists():
+        missing.append(f"Python's headers ({headers}; Debian and Ubuntu: apt-get install python3-dev)")
+    if missing:
+        raise CompilerError("training on the CPU compiles an operator of DeepSpeed; missing: " + "; ".join(missing))

@@ -1,0 +1,179 @@
+"""The settings of `jobs/train.py`, section by section. A recipe names the ones it changes."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from pipelines.settings import JobSettings, Section
+
+PartName = Literal["vision_tower", "pooling", "projector", "query_tokens", "embedded_query", "language_model"]
+NonNegative = Annotated[float, Field(ge=0)]
+
+
+class Backbones(Section):
+    """Where an alignment run takes its pretrained parts from: folders, or names on the Hugging Face hub."""
+
+    language: str
+    """Phi checkpoint."""
+    vision: str
+    """SigLIP checkpoint."""
+    tokenizer: str | None = None
+    """Tokenizer of the language model; by default the one that lies beside it."""
+
+
+class ModelSettings(Section):
+    """What a run starts from: exactly one of `checkpoint`, `backbones` and `preset`."""
+
+    checkpoint: str | None = None
+    """A `from_pretrained` folder of FlashSloth, such as the export of an earlier run; local or s3://."""
+    backbones: Backbones | None = None
+    """Pretrained Phi and SigLIP; what joins them starts from random numbers."""
+    preset: Literal["tiny", "base", "hd"] | None = None
+    """A shape from `FlashSlothConfig`, started from random numbers."""
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    """Fields of `FlashSlothConfig` that the preset changes."""
+    processor: str | None = None
+    """Folder of the processor that the data was prepared with. Required by a preset; a checkpoint brings its own."""
+    tiling: Literal["base", "hd"] | None = None
+    """Look at one tile an image (base) or five (hd); by default as the checkpoint says. HD starts from a base model."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more compute."""
+
+    @model_validator(mode="after")
+    def _one_start(self) -> ModelSettings:
+        given = [name for name in ("checkpoint", "backbones", "preset") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of checkpoint, backbones and preset; got {given or 'none'}")
+        if self.preset and not self.processor:
+            raise ValueError("a preset needs model.processor, the folder of the processor that prepared the data")
+        if self.overrides and not self.preset:
+            raise ValueError(f"model.overrides changes a preset; this run starts from {given[0]}")
+        return self
+
+
+class DataSettings(Section):
+    """What is read."""
+
+    folders: Annotated[list[str], Field(min_length=1)]
+    """Prepared folders, local or s3://; an epoch holds each of their rows once."""
+    cache_dir: str | None = None
+    """Where shards of an object store are kept on the worker's disk."""
+    length_group: PositiveInt = 8
+    """Global batches that are sorted by length together: more saves padding, 1 leaves each a random draw."""
+    reader_threads: PositiveInt = 4
+    """Threads per worker that read and decode rows."""
+    prefetch: PositiveInt = 4
+    """Micro-batches per worker that are kept ready."""
+
+
+class BatchSettings(Section):
+    """How many rows make an optimizer step. The number of accumulation steps follows."""
+
+    global_size: PositiveInt = 128
+    """Rows per optimizer step, over all workers."""
+    micro_size: PositiveInt = 16
+    """Rows that one worker puts through the model at once."""
+
+
+class OptimSettings(Section):
+    """AdamW with warm-up and cosine decay."""
+
+    lr: NonNegative = 2e-5
+    """Peak learning rate."""
+    part_lr: dict[PartName, NonNegative] = Field(default_factory=dict)
+    """Peak learning rates of single parts, where they differ."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of AdamW's two moments."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: NonNegative = 0.0
+    """Never applied to biases and norms."""
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03
+    """Share of all steps over which the learning rate rises from 0."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """What follows the warm-up: a cosine down to 0, or nothing."""
+    max_grad_norm: NonNegative = 1.0
+    """Gradients are scaled down to this norm; 0 leaves them."""
+
+
+class DeepSpeedSettings(Section):
+    """How the state of a run is spread over its workers."""
+
+    stage: Literal[0, 1, 2, 3] = 2
+    """ZeRO: 1 partitions optimizer states, 2 gradients too, 3 parameters too."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Further fields of DeepSpeed's configuration, passed through and laid over ours."""
+
+
+class ScalingSettings(Section):
+    """What a run asks of the cluster."""
+
+    num_workers: PositiveInt = 8
+    """Workers, one process each."""
+    cpus_per_worker: PositiveInt = 8
+    """CPUs that a worker reserves."""
+    gpus_per_worker: Literal[0, 1] = 1
+    """1: each worker trains on a GPU of its own. 0: on the CPU."""
+    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    """How Ray places the workers on the nodes."""
+
+
+class RunSettings(Section):
+    """Where a run keeps its things, and how often."""
+
+    name: str
+    """Name of the run. The same name continues the run from its last checkpoint."""
+    storage: str = "outputs"
+    """Folder or s3:// prefix that holds the runs; with several machines, one that all of them reach."""
+    seed: int = 0
+    """Order of the data, start of new parameters, dropout."""
+    log_every: PositiveInt = 10
+    """Steps between two lines of metrics."""
+    checkpoint_every: PositiveInt = 500
+    """Steps between two checkpoints; there is always one after the last step."""
+    keep: Annotated[int, Field(ge=2)] = 2
+    """Checkpoints kept. At least 2, so that there is one to fall back to."""
+    max_failures: Annotated[int, Field(ge=0)] = 3
+    """Restarts from the last checkpoint before a failing run gives up."""
+
+
+class TrainSettings(JobSettings):
+    """Train FlashSloth on prepared shards with Ray Train and DeepSpeed."""
+
+    model: ModelSettings
+    """What the run starts from."""
+    train_parts: Annotated[list[PartName], Field(min_length=1)]
+    """The parts that learn; all others stay as they are."""
+    data: DataSettings
+    """What is read."""
+    batch: BatchSettings = BatchSettings()
+    """Rows per step."""
+    epochs: PositiveInt = 1
+    """Passes over the data."""
+    max_steps: PositiveInt | None = None
+    """Optimizer steps, instead of `epochs`."""
+    optim: OptimSettings = OptimSettings()
+    """AdamW and its schedule."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """bf16 keeps fp32 master weights in the optimizer."""
+    deepspeed: DeepSpeedSettings = DeepSpeedSettings()
+    """How state is spread over workers."""
+    scaling: ScalingSettings = ScalingSettings()
+    """What the run asks of the cluster."""
+    run: RunSettings
+    """Where the run keeps its things."""
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> TrainSettings:
+        at_once = self.batch.micro_size * self.scaling.num_workers
+        if self.batch.global_size % at_once:
+            raise ValueError(
+                f"batch.global_size {self.batch.global_size} is not divisible by {at_once} "
+                f"(batch.micro_size {self.batch.micro_size} x scaling.num_workers {self.scaling.num_workers})"
+            )
+        unused = sorted(set(self.optim.part_lr) - set(self.train_parts))
+        if unused:
+            raise ValueError(f"optim.part_lr names {unused}, which train_parts {self.train_parts} does not train")
+        return self

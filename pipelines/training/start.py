@@ -1,0 +1,147 @@
+"""What a run starts from: the processor and the model that the recipe names, checked against the prepared data."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from transformers import AutoTokenizer
+
+from flashsloth import (
+    FlashSlothConfig,
+    FlashSlothForConditionalGeneration,
+    FlashSlothImageProcessor,
+    FlashSlothProcessor,
+)
+from flashsloth.backbones import build_from_backbones
+from flashsloth.configuration_flashsloth import TILES
+from pipelines.shards.manifest import Manifest
+from pipelines.training.export import fetch_export
+from pipelines.training.process import seed_start
+from pipelines.training.settings import ModelSettings, TrainSettings
+
+
+class StartError(ValueError):
+    """A run cannot start: two of its inputs contradict each other; the message names both."""
+
+
+def load_processor(model: ModelSettings) -> FlashSlothProcessor:
+    """The processor of the model that a run starts from.
+
+    Raises:
+        StartError: The folder holds no processor.
+        ExportError: `model.checkpoint` is no finished checkpoint.
+    """
+    if model.backbones and not model.processor:
+        name = model.backbones.tokenizer or model.backbones.language
+        processor = FlashSlothProcessor(FlashSlothImageProcessor(), AutoTokenizer.from_pretrained(name))
+    else:
+        folder = model.processor or str(fetch_export(str(model.checkpoint)))
+        try:
+            processor = FlashSlothProcessor.from_pretrained(folder)
+        except (OSError, ValueError, TypeError) as error:
+            raise StartError(f"{folder}: no FlashSloth processor can be loaded from here: {error}") from error
+    return _tiled(processor, model.tiling)
+
+
+def build_model(
+    model: ModelSettings, processor: FlashSlothProcessor, precision: str, seed: int
+) -> FlashSlothForConditionalGeneration:
+    """The model a run starts from, whole, on the CPU of every worker; DeepSpeed takes it apart afterwards.
+
+    3.2B parameters in bf16 take 6.4 GB of host memory per worker for that moment. Building it in parts (`zero.Init`)
+    would save them, but under transformers 5 it has left weights at random without an error (transformers#45313);
+    here a missing or unknown weight is always an error.
+
+    Raises:
+        StartError: A checkpoint lacks weights or has unknown ones.
+    """
+    seed_start(seed)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    if model.checkpoint:
+        built = _from_checkpoint(model.checkpoint, model.tiling, dtype)
+    elif model.backbones:
+        built = build_from_backbones(model.backbones.language, model.backbones.vision, processor, dtype=dtype)
+    else:
+        built = FlashSlothForConditionalGeneration(_preset(model, processor)).to(dtype)
+    if model.gradient_checkpointing:
+        built.activation_checkpointing_enable()
+    return built.train()
+
+
+def check_start(settings: TrainSettings, manifests: dict[str, Manifest], processor: FlashSlothProcessor) -> None:
+    """Raise `StartError` where recipe, prepared data (folder -> manifest) and processor contradict each other."""
+    payloads = {folder: manifest.payload for folder, manifest in manifests.items()}
+    if len(set(payloads.values())) > 1:
+        raise StartError(f"data.folders hold different payloads: {payloads}; a run reads one kind")
+    for folder, manifest in manifests.items():
+        if manifest.payload == "features" and "vision_tower" in settings.train_parts:
+            raise StartError(
+                f"{folder} holds payload 'features', what a frozen tower made of the images, and train_parts "
+                f"{settings.train_parts} trains the vision_tower: prepare the data with payload 'pixels' or "
+                "'original', or leave the tower out"
+            )
+        if manifest.processor_identity != processor.identity():
+            raise StartError(
+                f"{folder} was prepared by processor {manifest.processor_identity[:12]} (tiling {manifest.tiling}, "
+                f"{manifest.num_image_tokens} tokens an image), the model's is {processor.identity()[:12]} (tiling "
+                f"{processor.image_processor.tiling}, {processor.num_image_tokens} tokens an image): prepare the data "
+                "with the processor of this model"
+            )
+
+
+def _from_checkpoint(
+    checkpoint: str, tiling: Literal["base", "hd"] | None, dtype: torch.dtype
+) -> FlashSlothForConditionalGeneration:
+    folder = fetch_export(checkpoint)
+    config = FlashSlothConfig.from_pretrained(folder)
+    config.tiling = tiling or config.tiling
+    built, loading = FlashSlothForConditionalGeneration.from_pretrained(
+        folder, config=config, dtype=dtype, output_loading_info=True
+    )
+    wrong = {kind: sorted(loading[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    if any(wrong.values()):
+        listed = "; ".join(f"{kind}: {', '.join(map(str, keys))}" for kind, keys in wrong.items() if keys)
+        raise StartError(f"{checkpoint}: its weights do not fit its configuration: {listed}")
+    return built
+
+
+def _preset(model: ModelSettings, processor: FlashSlothProcessor) -> FlashSlothConfig:
+    """The preset's configuration; ids, tiling and vocabulary follow the processor where the recipe is silent."""
+    vocabulary = -(-len(processor.tokenizer) // 8) * 8  # a multiple of 8 suits matrix units
+    fields: dict[str, Any] = {
+        "tiling": processor.image_processor.tiling,
+        "num_query_tokens": processor.num_query_tokens,
+        "image_token_id": processor.image_token_id,
+        "query_token_id": processor.query_token_id,
+        "query_bias_token_id": processor.query_bias_token_id,
+        "eos_token_id": processor.eos_token_id,
+        "pad_token_id": processor.pad_token_id,
+    } | model.overrides
+    if model.preset == "tiny":
+        fields["text_config"] = {"vocab_size": vocabulary} | fields.get("text_config", {})
+        fields["vision_config"] = {"image_size": processor.image_processor.size} | fields.get("vision_config", {})
+        config = FlashSlothConfig.tiny(**fields)
+    else:
+        config = FlashSlothConfig(**fields)
+    if config.num_image_tokens != processor.num_image_tokens:
+        raise StartError(
+            f"preset {model.preset} makes {config.num_image_tokens} tokens of an image, the processor in "
+            f"{model.processor} puts {processor.num_image_tokens}: change model.overrides or the processor"
+        )
+    return config
+
+
+def _tiled(processor: FlashSlothProcessor, tiling: str | None) -> FlashSlothProcessor:
+    images = processor.image_processor
+    if tiling is None or tiling == images.tiling:
+        return processor
+    return FlashSlothProcessor(
+        FlashSlothImageProcessor(tiling=tiling, size=images.size),
+        processor.tokenizer,
+        num_image_tokens=processor.num_image_tokens // images.num_tiles * TILES[tiling],
+        num_query_tokens=processor.num_query_tokens,
+        query_separator=processor.query_separator,
+        max_length=processor.max_length,
+        system=processor.system,
+    )
