@@ -69,7 +69,7 @@ class Manifest(BaseModel):
     written: int
     quarantined: int
     quarantine_reasons: dict[str, int]
-    quarantine: QuarantineEntry | None
+    quarantine: QuarantineEntry
     shards: list[ShardEntry]
 
     @classmethod

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from pipelines import storage
 from pipelines.shards.cache import ShardCache
-from pipelines.shards.manifest import Manifest, ShardEntry
+from pipelines.shards.manifest import Manifest, QuarantineEntry, ShardEntry
 
 # Each open shard holds a file descriptor, of which a process commonly has 1024.
 _MAX_OPEN_SHARDS = 64
@@ -128,10 +128,8 @@ class _OpenShard:
     def _map(self) -> pa.MemoryMappedFile:
         dataset, entry = self._dataset, self._dataset.manifest.shards[self._number]
         uri = storage.join(dataset.folder, entry.name)
-        if storage.is_local(uri):
-            path = uri
-        else:
-            path = str(dataset.cache.get(entry.sha256, lambda: _fetch(entry, uri)))
+        local = storage.is_local(uri)
+        path = uri if local else str(dataset.cache.get(entry.sha256, lambda: _fetch(entry, uri)))
         if not os.path.exists(path):
             raise _missing(entry, uri)
         source = pa.memory_map(path)
@@ -141,7 +139,7 @@ class _OpenShard:
         return source
 
 
-def check(entry: ShardEntry, uri: str, data: bytes | pa.Buffer) -> None:
+def check(entry: ShardEntry | QuarantineEntry, uri: str, data: bytes | pa.Buffer) -> None:
     """Raise ShardError unless `data`, found at `uri`, is what `entry` says was written."""
     remedy = "the shard was changed or cut after it was written; restore it, or prepare the dataset again"
     if len(data) != entry.bytes:

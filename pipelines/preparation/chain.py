@@ -1,0 +1,163 @@
+"""The Ray Data chain: chunks -> samples -> (features) -> shards -> receipts. One block is one chunk all the way.
+
+Without a tower Ray fuses the steps into one task per chunk, so no sample passes through the object store.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+import ray.data
+from ray.data import ActorPoolStrategy, DataContext
+from ray.exceptions import RayTaskError, UserCodeException
+
+from flashsloth import FlashSlothProcessor
+from pipelines.encode import PatchEncoder
+from pipelines.preparation.plan import Chunk, Plan, Terms
+from pipelines.preparation.samples import SampleMaker, SourceFiles
+from pipelines.preparation.settings import EncoderSettings
+from pipelines.shards.receipts import QuarantinedRow, Receipt, account
+from pipelines.shards.schema import QUARANTINE_SCHEMA, SAMPLE_SCHEMA
+from pipelines.shards.writer import write_shard
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every task must know. Paths are such as any process can read."""
+
+    plan_identity: str
+    terms: Terms
+    files: tuple[SourceFiles, ...]
+    output: str
+    processor: ray.ObjectRef
+    """The processor itself, which a worker fetches once: its path need not exist on the other machines."""
+
+
+def run_chunks(
+    plan: Plan,
+    pending: list[int],
+    files: tuple[SourceFiles, ...],
+    output: str,
+    processor: FlashSlothProcessor,
+    encoder: EncoderSettings | None,
+) -> Iterator[Receipt]:
+    """Carry out the chunks `pending` of `plan`; yields their receipts, uncommitted, as they are done, in any order.
+
+    Raises:
+        what a task raised, without Ray's wrapping: PlanError, AccountingError, OSError, ...
+    """
+    work = Work(plan.identity(), plan.terms, files, output, ray.put(processor))
+    items = [{"number": number, **plan.chunks[number].model_dump()} for number in pending]
+    whole_block: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
+    with DataContext.current(_context()):
+        chunks = ray.data.from_items(items, override_num_blocks=len(items))
+        samples = chunks.map_batches(partial(make_samples, work=work), **whole_block)
+        if encoder:
+            samples = samples.map_batches(
+                FeatureActor, fn_constructor_args=(encoder,), **whole_block, **_actors(encoder)
+            )
+        receipts = samples.map_batches(partial(write_chunk, work=work), **whole_block)
+    try:
+        for batch in receipts.iter_batches(batch_size=None, batch_format="pyarrow"):
+            yield from (Receipt.model_validate_json(text) for text in batch["receipt"].to_pylist())
+    except RayTaskError as error:
+        raise _cause(error) from error
+
+
+def make_samples(chunks: pa.Table, work: Work) -> pa.Table:
+    """Chunks, of which Ray hands in one, -> their samples (columns: WORK_SCHEMA)."""
+    tables = []
+    for row in chunks.to_pylist():
+        number = row.pop("number")
+        tables.append(_maker(work)(number, Chunk(**row)))
+    return pa.concat_tables(tables)
+
+
+class FeatureActor:
+    """Samples with pixels -> samples with features. Holds the tower."""
+
+    def __init__(self, encoder: EncoderSettings) -> None:
+        self.encoder = PatchEncoder(encoder.path, encoder.batch_size)
+
+    def __call__(self, samples: pa.Table) -> pa.Table:
+        """Replace the pixels of `samples`; a row whose features are not finite gets the reason `non_finite`."""
+        rows = [row for row, has in enumerate(samples["image"].is_valid().to_pylist()) if has]
+        if not rows:
+            return samples
+        changed = ("image", "image_shape", "image_dtype", "reason", "detail")
+        columns = {name: samples[name].to_pylist() for name in changed}
+        pixels = [np.frombuffer(columns["image"][row], np.uint8).reshape(columns["image_shape"][row]) for row in rows]
+        for row, features in zip(rows, self.encoder(np.stack(pixels)), strict=True):
+            columns["image"][row] = features.tobytes()
+            columns["image_shape"][row], columns["image_dtype"][row] = list(features.shape), str(features.dtype)
+            if not np.isfinite(features).all():
+                columns["reason"][row] = "non_finite"
+                columns["detail"][row] = f"{np.count_nonzero(~np.isfinite(features))} of {features.size} features"
+        for name, values in columns.items():
+            field = samples.schema.field(name)
+            samples = samples.set_column(samples.schema.get_field_index(name), field, pa.array(values, field.type))
+        return samples
+
+
+def write_chunk(samples: pa.Table, work: Work) -> pa.Table:
+    """The samples of one chunk -> its shard, written, and its receipt as JSON."""
+    bad = samples["reason"].is_valid()
+    good = samples.filter(pc.invert(bad)) if pc.any(bad).as_py() else samples  # a filter copies every image
+    good = good.select(SAMPLE_SCHEMA.names).cast(SAMPLE_SCHEMA)
+    rejected = samples.filter(bad).select(QUARANTINE_SCHEMA.names)
+    account(samples["key"].to_pylist(), good["key"].to_pylist(), rejected["key"].to_pylist())
+    receipt = Receipt(
+        plan=work.plan_identity,
+        chunk=samples["chunk"][0].as_py(),
+        planned=samples.num_rows,
+        shard=write_shard(work.output, good) if good.num_rows else None,
+        quarantined=[QuarantinedRow(**row) for row in rejected.to_pylist()],
+    )
+    return pa.table({"receipt": [receipt.model_dump_json()]})
+
+
+# A worker process runs many chunks: it unpacks the processor (a large tokenizer) once.
+_MAKERS: dict[tuple[str, tuple[SourceFiles, ...]], SampleMaker] = {}
+
+
+def _maker(work: Work) -> SampleMaker:
+    key = (work.plan_identity, work.files)
+    if key not in _MAKERS:
+        _MAKERS.clear()
+        _MAKERS[key] = SampleMaker(work.terms, work.files, ray.get(work.processor))
+    return _MAKERS[key]
+
+
+def _context() -> DataContext:
+    context = DataContext.get_current().copy()
+    context.target_max_block_size = None  # a chunk must come out as one block, whatever its images weigh
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    return context
+
+
+def _actors(encoder: EncoderSettings) -> dict[str, Any]:
+    num_gpus = ray.cluster_resources().get("GPU", 0)
+    workers = encoder.workers or max(1, int(num_gpus / encoder.num_gpus))
+    share = {"num_gpus": encoder.num_gpus} if num_gpus else {"num_cpus": 1}
+    return {"compute": ActorPoolStrategy(size=workers), **share}
+
+
+def _cause(error: RayTaskError) -> BaseException:
+    """What the task raised, without Ray's wrappings and their page of traceback."""
+    cause: BaseException = error
+    while isinstance(cause, RayTaskError | UserCodeException):
+        inner = cause.cause if isinstance(cause, RayTaskError) else cause.__cause__
+        if inner is None:
+            return cause
+        cause = inner
+    return cause

@@ -1,0 +1,148 @@
+"""Rows of a corpus -> samples, or the reason why not. Plain Python: nothing here knows of Ray.
+
+A table of samples has one row for every row of its chunk. A row that went wrong keeps its place with a reason, so that
+nothing can get lost between here and the shard.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from flashsloth import FlashSlothProcessor
+from flashsloth.conversation import ConversationError
+from flashsloth.image_processing_flashsloth import ImageError, decode_image
+from pipelines import storage
+from pipelines.corpora import FORMATS
+from pipelines.preparation.plan import Chunk, PlanError, Terms, row_key
+from pipelines.records import Record, Row, RowError
+from pipelines.shards.schema import IGNORED_LABEL, SAMPLE_SCHEMA
+
+# Beside the sample: which chunk a row belongs to, where a person finds it, and, for a bad row, what is wrong.
+WORK_SCHEMA = pa.schema(
+    [*SAMPLE_SCHEMA, ("chunk", pa.int32()), *((name, pa.string()) for name in ("location", "reason", "detail"))]
+)
+
+# Images of a chunk are fetched ahead of the one that is decoded: an object store answers in tens of milliseconds.
+_FETCH_THREADS = 16
+_SCHEME = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]*:/")
+_EMPTY = dict.fromkeys(WORK_SCHEMA.names)
+
+
+@dataclass(frozen=True)
+class SourceFiles:
+    """Where a process finds a source: its file, and the folder of its images."""
+
+    path: str
+    image_root: str | None
+
+
+class SampleMaker:
+    """Makes the samples of a chunk. Holds what all chunks share; create it once per process.
+
+    Args:
+        terms: the plan's terms.
+        files: where each source of the plan lies.
+        processor: decides ids and pixels.
+    """
+
+    def __init__(self, terms: Terms, files: Sequence[SourceFiles], processor: FlashSlothProcessor) -> None:
+        self.terms = terms
+        self.files = files
+        self.processor = processor
+
+    def __call__(self, number: int, chunk: Chunk) -> pa.Table:
+        """The rows of `chunk`, the plan's chunk number `number`, as a table with the columns of WORK_SCHEMA.
+
+        Raises:
+            PlanError: the source's file has changed since the plan was made.
+        """
+        source, files = self.terms.sources[chunk.source], self.files[chunk.source]
+        rows = list(FORMATS[source.format].read(files.path, chunk.span))
+        # After reading, so that a change before it or meanwhile is seen.
+        fingerprint = storage.fingerprint(files.path)
+        if fingerprint != source.fingerprint or len(rows) != chunk.rows:
+            raise PlanError(
+                f"source '{source.name}': {source.path} has changed since the plan was made (size and stamp then "
+                f"{source.fingerprint}, now {fingerprint}); prepare the new file into another output"
+            )
+        samples = [
+            {**_EMPTY, "chunk": number, "key": row_key(source.name, row.position), "source": source.name}
+            | {"location": row.location}
+            | self._sample(row.content, image)
+            for row, image in _with_images(rows, files.image_root, source.name)
+        ]
+        return pa.Table.from_pylist(samples, schema=WORK_SCHEMA)
+
+    def _sample(self, content: Record | RowError, image: bytes | RowError | None) -> dict[str, Any]:
+        if isinstance(content, RowError):
+            return _rejected(content, content.id)
+        try:
+            if isinstance(image, RowError):
+                raise image
+            tokens = self.processor.encode(
+                content.messages, image is not None, self.terms.layout, max_length=self.terms.max_length
+            )
+            if all(label == IGNORED_LABEL for label in tokens["labels"]):
+                raise RowError("no_loss_tokens", "no token of this row is learned: it ends without an answer")
+            payload = {} if image is None else self._payload(image)
+        except (RowError, ImageError, ConversationError) as error:
+            return _rejected(error, content.id)
+        own = {"id": content.id, "messages": content.messages, "question_types": content.question_types}
+        return {**own, **tokens, **payload}
+
+    def _payload(self, data: bytes) -> dict[str, Any]:
+        image = decode_image(data)  # for payload `original` too: what is stored can be decoded
+        if self.terms.payload == "original":
+            return {"image": data, "image_shape": [], "image_dtype": ""}
+        # Features begin as pixels: the tower's actor turns them into features.
+        pixels = self.processor.image_processor.to_uint8(image)
+        return {"image": pixels.tobytes(), "image_shape": list(pixels.shape), "image_dtype": str(pixels.dtype)}
+
+
+def _rejected(error: RowError | ImageError | ConversationError, own_id: str) -> dict[str, Any]:
+    return {"id": own_id, "reason": error.reason, "detail": error.detail}
+
+
+def _with_images(rows: list[Row], root: str | None, source: str) -> Iterator[tuple[Row, bytes | RowError | None]]:
+    def fetch(row: Row) -> bytes | RowError | None:
+        image = None if isinstance(row.content, RowError) else row.content.image
+        if not isinstance(image, str):
+            return image
+        if root is None:
+            raise PlanError(f"source '{source}': {row.location} has an image, but the source has no image_root: set it")
+        try:
+            return fetch_image(root, image)
+        except RowError as error:
+            return error
+
+    with ThreadPoolExecutor(_FETCH_THREADS) as threads:
+        yield from zip(rows, threads.map(fetch, rows), strict=True)
+
+
+def fetch_image(root: str, image: str) -> bytes:
+    """The bytes of the file `image` below `root`.
+
+    Raises:
+        RowError: path_not_allowed, image_missing or image_forbidden.
+    """
+    if image.startswith(("/", "\\")) or _SCHEME.match(image) or ".." in re.split(r"[/\\]", image):
+        raise RowError("path_not_allowed", f"{image!r}: an image is a path below the source's image_root")
+    file_system, folder = storage.filesystem(root)
+    try:
+        # Joined as a path, not as a URI: what a row says is never parsed for protocols.
+        return file_system.cat_file(f"{folder.rstrip('/')}/{image}")
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        raise RowError("image_missing", f"{image!r}: no such file below {root}") from error
+    except PermissionError as error:
+        raise RowError("image_forbidden", f"{image!r}: may not be read below {root}") from error
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise RowError("image_missing", f"{image[:80]!r}...: no such file below {root}") from error
+        raise

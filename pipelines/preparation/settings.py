@@ -1,0 +1,91 @@
+"""The settings of `jobs/prepare.py`."""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+from typing import Self
+
+from pydantic import Field, field_validator, model_validator
+
+from pipelines.corpora import FORMATS
+from pipelines.settings import JobSettings, Section
+from pipelines.shards.manifest import Layout, Payload
+
+
+class SourceSettings(Section):
+    """One file of a corpus."""
+
+    path: str
+    """A corpus file: a local path or a URI such as s3://bucket/blip_laion_cc_sbu_558k.json."""
+    format: str = "llava"
+    """How its rows are written; the modules of pipelines/corpora."""
+    image_root: str | None = None
+    """Folder or URI below which the rows' image paths lie."""
+    limit: int | None = Field(default=None, gt=0)
+    """Take only the first rows, this many."""
+    name: str = ""
+    """First part of its rows' keys; default: the file's name without its suffix."""
+
+    @field_validator("format")
+    @classmethod
+    def _known_format(cls, value: str) -> str:
+        if value not in FORMATS:
+            raise ValueError(f"no such corpus format; there are: {', '.join(sorted(FORMATS))}")
+        return value
+
+    @model_validator(mode="after")
+    def _named(self) -> Self:
+        self.name = self.name or PurePosixPath(self.path).stem
+        return self
+
+
+class EncoderSettings(Section):
+    """The frozen vision tower, for payload `features`."""
+
+    path: str
+    """A FlashSloth checkpoint or a SigLIP: a folder or a hub id."""
+    batch_size: int = Field(default=32, gt=0)
+    """Tiles in one forward pass."""
+    workers: int | None = Field(default=None, gt=0)
+    """Copies of the tower; default: as many as the cluster's GPUs hold, or one on CPUs."""
+    num_gpus: float = Field(default=1.0, gt=0, le=1)
+    """Share of a GPU that one copy takes; not used on a cluster without GPUs."""
+
+
+class PrepareSettings(JobSettings):
+    """Turn corpora of images and conversations into shards that training reads. Killed and run again, it goes on."""
+
+    sources: list[SourceSettings] = Field(min_length=1)
+    """The corpora, in the order of the dataset."""
+    output: str
+    """Folder or URI to write the dataset into."""
+    processor: str
+    """Folder with a saved FlashSlothProcessor: a processor alone or a whole checkpoint."""
+    layout: Layout = "chat"
+    """chat: instruction tuning; caption: alignment, where the question is thrown away."""
+    payload: Payload = "pixels"
+    """What is stored of an image: original (bytes as received), pixels (uint8, tiled), features (frozen tower)."""
+    max_length: int | None = Field(default=None, gt=0)
+    """Rows of more tokens are quarantined; default: the processor's."""
+    chunk_rows: int | None = Field(default=None, gt=0)
+    """Rows in a chunk, which is the unit of work, of resuming and of a shard; default: about 100 MB of images."""
+    encoder: EncoderSettings | None = None
+    """The tower, for payload `features`."""
+    max_quarantined_share: float = Field(default=0.1, ge=0, le=1)
+    """With a larger share of bad rows nothing is published."""
+    dry_run: bool = False
+    """Print the plan and write nothing."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for field in ("name", "path"):
+            values = [getattr(source, field) for source in self.sources]
+            twice = next((value for value in values if values.count(value) > 1), None)
+            if twice is not None:
+                raise ValueError(f"two sources have the {field} {twice!r}; rows are keyed by it, so list each once")
+        if (self.payload == "features") != (self.encoder is not None):
+            raise ValueError(
+                f"payload is {self.payload!r} and encoder is {'set' if self.encoder else 'missing'}: "
+                "payload 'features' needs an encoder, the others have none"
+            )
+        return self

@@ -1,0 +1,180 @@
+"""From settings to a published dataset: the order of the steps, and nothing else.
+
+plan -> chunks -> content-named shards -> one receipt per chunk -> manifest. A run that was killed leaves a plan and
+some receipts; the next run with the same settings does the chunks that have none.
+"""
+
+from __future__ import annotations
+
+import math
+
+import ray
+
+from flashsloth import FlashSlothProcessor
+from pipelines import storage
+from pipelines.encode import EncoderFacts, encoder_facts
+from pipelines.preparation.chain import run_chunks
+from pipelines.preparation.ledger import Ledger
+from pipelines.preparation.plan import (
+    Chunk,
+    Plan,
+    PlanError,
+    SourceTerms,
+    Terms,
+    code_identity,
+    index_source,
+    load_plan,
+    source_terms,
+)
+from pipelines.preparation.progress import Progress
+from pipelines.preparation.samples import SourceFiles
+from pipelines.preparation.settings import PrepareSettings
+from pipelines.ray_session import start_ray
+from pipelines.settings import dump_settings
+from pipelines.shards.manifest import MANIFEST_NAME, Manifest, Payload
+
+CONFIG_NAME = "config.yaml"
+# A worker holds a chunk a few times over (samples, shard, its bytes); Ray advises blocks of 128 MB at most.
+_BYTES_PER_CHUNK = 100 * 2**20
+_ROWS_PER_CHUNK = 1000
+
+
+def prepare(settings: PrepareSettings) -> Manifest | None:
+    """Carry out `settings`, from where an earlier run has come to. Prints what it does.
+
+    Returns:
+        The manifest; None for a dry run.
+
+    Raises:
+        ValueError: PlanError, PublishError, FileFormatError, StorageError, ...: one line that names file, row or field
+            and what helps. Nothing is published then.
+    """
+    output = storage.resolve(settings.output)
+    processor = load_processor(settings.processor)
+    terms = make_terms(settings, processor)
+    plan = load_plan(output)
+    if plan is not None:
+        check_terms(output, plan.terms, terms)
+    if plan is not None and storage.exists(storage.join(output, MANIFEST_NAME)):
+        manifest = Manifest.load(output)
+        print(f"{settings.output}: already prepared ({manifest.written:,} rows); nothing to do", flush=True)
+        return manifest
+    start_ray()
+    files = tuple(_source_files(source) for source in terms.sources)
+    plan = plan or make_plan(terms, files)
+    print(_describe(plan), flush=True)
+    if settings.dry_run:
+        return None
+    ledger = Ledger(output, plan, settings.max_quarantined_share)
+    storage.write_bytes(storage.join(output, CONFIG_NAME), dump_settings(settings).encode())
+    _run(ledger, files, processor, settings)
+    return ledger.publish()
+
+
+def load_processor(path: str) -> FlashSlothProcessor:
+    """The processor saved in the folder `path`.
+
+    Raises:
+        PlanError: there is none.
+    """
+    try:
+        return FlashSlothProcessor.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise PlanError(f"processor: {path} holds no FlashSlothProcessor to load: {reason}") from error
+
+
+def make_terms(settings: PrepareSettings, processor: FlashSlothProcessor) -> Terms:
+    """What decides the bytes of the dataset, read from `settings` and the files that they name."""
+    tower = encoder_facts(settings.encoder.path) if settings.encoder else None
+    shape = _image_shape(settings, processor, tower)
+    return Terms(
+        sources=[source_terms(source) for source in settings.sources],
+        layout=settings.layout,
+        payload=settings.payload,
+        max_length=settings.max_length or processor.max_length,
+        chunk_rows=settings.chunk_rows or _chunk_rows(settings.payload, shape),
+        tiling=processor.image_processor.tiling,
+        num_image_tokens=processor.num_image_tokens,
+        image_shape=shape,
+        processor_identity=processor.identity(),
+        encoder_identity=tower.identity if tower else None,
+        code=code_identity(),
+    )
+
+
+def make_plan(terms: Terms, files: tuple[SourceFiles, ...]) -> Plan:
+    """Index the sources, each in a task of its own, so that no file passes through the driver."""
+    index = ray.remote(index_source)
+    parts: list[list[Chunk]] = ray.get(
+        [
+            index.remote(number, source, file.path, terms.chunk_rows)
+            for number, (source, file) in enumerate(zip(terms.sources, files, strict=True))
+        ]
+    )
+    return Plan(terms=terms, chunks=[chunk for part in parts for chunk in part])
+
+
+def check_terms(output: str, planned: Terms, now: Terms) -> None:
+    """Raise PlanError with every field in which `now` differs from what the folder `output` was planned with."""
+    differences = planned.differences(now)
+    if differences:
+        raise PlanError(
+            f"{output}: this folder holds a preparation with other terms: {'; '.join(differences)}. "
+            "Run it with the terms it was begun with, or prepare into another output"
+        )
+
+
+def _run(
+    ledger: Ledger, files: tuple[SourceFiles, ...], processor: FlashSlothProcessor, settings: PrepareSettings
+) -> None:
+    if ledger.receipts:
+        print(f"resuming: {len(ledger.receipts)} of {len(ledger.plan.chunks)} chunks are done", flush=True)
+    ledger.check_share()
+    progress = Progress(ledger.plan.num_rows, ledger.num_done)
+    if not ledger.pending:
+        return
+    for receipt in run_chunks(ledger.plan, ledger.pending, files, ledger.output, processor, settings.encoder):
+        ledger.commit(receipt)
+        ledger.check_share()
+        progress.update(ledger.num_done, ledger.num_quarantined)
+
+
+def _source_files(source: SourceTerms) -> SourceFiles:
+    return SourceFiles(storage.resolve(source.path), storage.resolve(source.image_root) if source.image_root else None)
+
+
+def _image_shape(
+    settings: PrepareSettings, processor: FlashSlothProcessor, tower: EncoderFacts | None
+) -> list[int] | None:
+    if settings.payload == "original":
+        return None
+    images = processor.image_processor
+    if tower is None:
+        return [images.num_tiles, 3, images.size, images.size]
+    if tower.image_size != images.size:
+        raise PlanError(
+            f"encoder: the tower looks at {tower.image_size} pixels, the processor makes tiles of {images.size}"
+        )
+    return [images.num_tiles, tower.num_patches, tower.width]
+
+
+def _image_bytes(payload: Payload, shape: list[int] | None) -> int | None:
+    return math.prod(shape) * (2 if payload == "features" else 1) if shape else None
+
+
+def _chunk_rows(payload: Payload, shape: list[int] | None) -> int:
+    image_bytes = _image_bytes(payload, shape)
+    return min(_ROWS_PER_CHUNK, max(1, _BYTES_PER_CHUNK // image_bytes)) if image_bytes else _ROWS_PER_CHUNK
+
+
+def _describe(plan: Plan) -> str:
+    terms = plan.terms
+    image_bytes = _image_bytes(terms.payload, terms.image_shape)
+    size = f"at most {image_bytes * plan.num_rows / 1e9:,.2f} GB" if image_bytes else "as large as the images are"
+    lines = [
+        f"  {source.name}: {sum(chunk.rows for chunk in plan.chunks if chunk.source == number):,} rows of {source.path}"
+        for number, source in enumerate(terms.sources)
+    ]
+    total = f"{plan.num_rows:,} rows in {len(plan.chunks):,} chunks, images as {terms.payload}, {size}"
+    return "\n".join([f"plan {plan.identity()[:12]}: {total}", *lines])

@@ -1,0 +1,80 @@
+"""A receipt says that one chunk of a plan is done: its shard is written, and every row is accounted for.
+
+Receipts are put only if absent, one per chunk, after the shard that they name is complete. What has no receipt has not
+happened, so a preparation that was killed at any instant goes on where its receipts end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from pydantic import BaseModel, ConfigDict
+
+from pipelines.shards.manifest import ShardEntry
+
+RECEIPT_FOLDER = "receipts"
+
+
+class AccountingError(RuntimeError):
+    """Rows were lost or doubled: a fault of this program, never of the data."""
+
+
+class QuarantinedRow(BaseModel):
+    """A row that could not become a sample, and why."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    key: str
+    id: str
+    source: str
+    location: str
+    reason: str
+    detail: str
+
+
+class Receipt(BaseModel):
+    """What became of the rows of one chunk."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    plan: str
+    """Identity of the plan: a receipt of another plan in the same folder is an error."""
+    chunk: int
+    planned: int
+    shard: ShardEntry | None
+    """None where every row of the chunk is quarantined."""
+    quarantined: list[QuarantinedRow]
+
+    @property
+    def written(self) -> int:
+        """Rows in the shard."""
+        return self.shard.rows if self.shard else 0
+
+    @property
+    def name(self) -> str:
+        """Path of the receipt below the dataset's folder."""
+        return receipt_name(self.chunk)
+
+
+def receipt_name(chunk: int) -> str:
+    """Path of the receipt of `chunk` below the dataset's folder."""
+    return f"{RECEIPT_FOLDER}/{chunk:08d}.json"
+
+
+def account(planned: Collection[str], written: Collection[str], quarantined: Collection[str]) -> None:
+    """Check that planned = written + quarantined, every key once.
+
+    Raises:
+        AccountingError: with the numbers and the first keys that are lost, doubled or not planned.
+    """
+    seen = [*written, *quarantined]
+    faults = {
+        "lost": set(planned) - set(seen),
+        "not planned": set(seen) - set(planned),
+        "doubled": {key for key in seen if seen.count(key) > 1} if len(set(seen)) < len(seen) else set(),
+    }
+    if any(faults.values()):
+        found = "; ".join(f"{name}: {', '.join(sorted(keys)[:3])}" for name, keys in faults.items() if keys)
+        raise AccountingError(
+            f"{len(planned)} rows planned, {len(written)} written, {len(quarantined)} quarantined; {found}"
+        )
