@@ -17,9 +17,12 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers import AutoTokenizer, GenerationConfig
 
 from .configuration_flashsloth import SO400M_PATCH14_384, FlashSlothConfig
+from .image_processing_flashsloth import FlashSlothImageProcessor
 from .modeling_flashsloth import FlashSlothForConditionalGeneration
+from .processing_flashsloth import FlashSlothProcessor
 
 # (released prefix, our prefix). {query} is the place of the embedded query module.
 NAMES = (
@@ -79,13 +82,17 @@ def from_released(reference: Path, out: Path) -> list[str]:
             return None
         return our_name(name, config) or f"?{name}"
 
-    with _published(out) as folder:
+    with _NewFolder(out) as folder:
         config.architectures = [FlashSlothForConditionalGeneration.__name__]
         shapes = _rewrite(reference, folder, rename)
         _check(shapes, {k: tuple(v.shape) for k, v in _empty_model(config).state_dict().items()}, reference)
         config.dtype = _common_dtype(folder)
         config.save_pretrained(folder)
-        _generation_config(config).save_pretrained(folder)
+        GenerationConfig(
+            eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id, do_sample=False
+        ).save_pretrained(folder)
+        if (reference / "tokenizer_config.json").exists():
+            _processor(reference, config).save_pretrained(folder)
     return dropped
 
 
@@ -99,12 +106,14 @@ def to_released(checkpoint: Path, out: Path) -> None:
     if settings.get("model_type") != FlashSlothConfig.model_type or "text_config" not in settings:
         raise ConversionError(f"{checkpoint}: config.json is not one that this library saved (no text_config)")
     config = FlashSlothConfig(**settings)
-    with _published(out) as folder:
+    with _NewFolder(out) as folder:
         shapes = _rewrite(checkpoint, folder, lambda name: released_name(name, config) or f"?{name}")
         expected = {released_name(k, config) or k: tuple(v.shape) for k, v in _empty_model(config).state_dict().items()}
         _check(shapes, expected, checkpoint)
         text = json.dumps(config_to_released(config), indent=2, sort_keys=True)
         (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+        if (checkpoint / "tokenizer_config.json").exists():
+            AutoTokenizer.from_pretrained(checkpoint).save_pretrained(folder)
 
 
 def config_from_released(released: dict[str, Any]) -> FlashSlothConfig:
@@ -270,13 +279,23 @@ def _common_dtype(folder: Path) -> str:
     return {"F16": "float16", "BF16": "bfloat16"}.get(dtypes.pop(), "float32") if len(dtypes) == 1 else "float32"
 
 
-def _generation_config(config: FlashSlothConfig) -> Any:
-    from transformers import GenerationConfig
+def _processor(reference: Path, config: FlashSlothConfig) -> FlashSlothProcessor:
+    """The processor of a released checkpoint, in the layout it was evaluated with: no space before the query tokens."""
+    processor = FlashSlothProcessor(
+        FlashSlothImageProcessor(tiling=config.tiling, size=config.vision_config.image_size),
+        AutoTokenizer.from_pretrained(reference),
+        num_image_tokens=config.num_image_tokens,
+        num_query_tokens=config.num_query_tokens,
+        query_separator="",
+    )
+    for name in ("query_token_id", "image_token_id", "query_bias_token_id", "eos_token_id", "pad_token_id"):
+        ours, theirs = getattr(processor, name), getattr(config, name)
+        if ours != theirs:
+            raise ConversionError(f"{reference}: {name} is {ours} in the tokenizer, {theirs} in config.json")
+    return processor
 
-    return GenerationConfig(eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id, do_sample=False)
 
-
-class _published:
+class _NewFolder:
     """A new folder, written under a temporary name and renamed when everything in it is complete."""
 
     def __init__(self, out: Path):

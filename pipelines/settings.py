@@ -61,7 +61,8 @@ def load_settings(settings_class: type[Settings], argv: list[str] | None = None,
     for recipe in recipes.values():
         merged = _merge(merged, recipe)
     try:
-        return settings_class(_cli_parse_args=flags, _cli_prog_name=_usage(prog), **merged)
+        flags_source: dict[str, Any] = {"_cli_parse_args": flags, "_cli_prog_name": _usage(prog)}
+        return settings_class(**flags_source, **merged)
     except ValidationError as error:
         _refuse([_explain(settings_class, problem, recipes) for problem in error.errors()])
 
