@@ -38,9 +38,14 @@ class JobSettings(BaseSettings):
 
     @classmethod
     def settings_customise_sources(
-        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **_: Any
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Recipes come in as init arguments; environment and dotenv are no sources: a run depends on what is written."""
+        """Recipes come in as init arguments. The environment is no source: a run depends on what is written."""
         return (init_settings,)
 
 
@@ -50,7 +55,7 @@ Settings = TypeVar("Settings", bound=JobSettings)
 def load_settings(settings_class: type[Settings], argv: list[str] | None = None, prog: str | None = None) -> Settings:
     """Read `--config` recipes and flags into `settings_class`.
 
-    Exits with status 2 and one line per mistake where a recipe is missing, is no YAML mapping, or names what is unknown.
+    Exits with status 2 and a line per mistake where a recipe is missing, no YAML mapping, or names what is unknown.
     """
     arguments = sys.argv[1:] if argv is None else argv
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
