@@ -43,11 +43,15 @@ class StepRecord:
 
 
 class Steps:
-    """Runs steps in order and keeps their receipts in `folder`."""
+    """Runs steps in order and keeps their receipts in `folder`.
 
-    def __init__(self, folder: Path) -> None:
+    `identity` stands for what all steps depend on beside their commands, such as the code: with another one, none
+    counts as finished.
+    """
+
+    def __init__(self, folder: Path, identity: str = "") -> None:
         self._folder = folder
-        self._identity = ""
+        self._identity = identity
         self.records: list[StepRecord] = []
 
     def run(self, name: str, argv: Sequence[str], outputs: Sequence[Path]) -> None:
@@ -109,6 +113,17 @@ def _remove(output: Path) -> None:
         shutil.rmtree(output)
     else:
         output.unlink(missing_ok=True)
+
+
+def sources_identity(folders: Sequence[Path], without: Sequence[Path] = ()) -> str:
+    """sha256 over the Python files below `folders`, leaving out what lies in or is one of `without`."""
+    digest = hashlib.sha256()
+    for folder in folders:
+        for path in sorted(folder.rglob("*.py")):
+            if not any(path.is_relative_to(excluded) for excluded in without):
+                digest.update(f"{path.relative_to(folder.parent).as_posix()}\0".encode())
+                digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def readable(argv: Sequence[str]) -> str:

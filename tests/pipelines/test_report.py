@@ -1,17 +1,25 @@
 import io
 import re
+import subprocess
+import sys
 from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from flashsloth import FlashSlothProcessor
 from pipelines.report.contents import Goal, Picture, Reply, Report, Stage, Step, TypeScore, score_replies
 from pipelines.report.curves import loss_curve, running_mean
 from pipelines.report.findings import describe_stage, judge, margin
+from pipelines.report.interview import free_port, wait_until_healthy
 from pipelines.report.page import duration, render, write_report
+from pipelines.report.sources import data_facts, environment_facts, pictures_of, stage_of
+from pipelines.shards.manifest import Manifest
+from tests.prepared import coloured_rows, write_prepared
 
 VOID_TAGS = {"meta", "img", "link", "br", "hr", "input", "path", "use", "rect"}
 STAGE = Stage("alignment", range(1, 101), [5 * 0.96**i + 0.3 for i in range(100)], note="Captions.")
@@ -199,3 +207,37 @@ def test_curve_follows_the_page_and_is_reproducible() -> None:
 )
 def test_durations_are_readable(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_sources_read_what_the_jobs_left(tmp_path: Path, processor: FlashSlothProcessor) -> None:
+    folder = tmp_path / "prepared"
+    write_prepared(folder, coloured_rows(5), processor)
+    facts = data_facts(folder)
+    assert facts["rows"] == "5 of 5" and facts["manifest"] == Manifest.load(str(folder)).identity()
+    assert facts["processor"] == processor.identity()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 10, "loss": 2.5}\n{"step": 20, "loss": 1.5}\n')
+    stage = stage_of("Alignment", tmp_path, "Captions.")
+    assert (list(stage.steps), list(stage.losses)) == ([10, 20], [2.5, 1.5])
+    assert environment_facts()["torch"] == torch.__version__
+
+
+def test_pictures_gather_their_replies_in_order(tmp_path: Path) -> None:
+    for name in ("b", "a"):
+        (tmp_path / f"{name}.jpg").write_bytes(name.encode())
+    first, second, third = replies(["red", "blue", "red"], ["red"] * 3)
+    pictures = pictures_of([("b", first), ("a", second), ("b", third)], tmp_path)
+    assert [(p.name, p.data, list(p.replies)) for p in pictures] == [("b", b"b", [first, third]), ("a", b"a", [second])]
+
+
+def test_waiting_for_a_server_that_died_says_so() -> None:
+    with subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"]) as server:
+        server.wait()
+        with pytest.raises(OSError, match="ended with status 3 before it answered at http://127"):
+            wait_until_healthy(server, f"http://127.0.0.1:{free_port()}", patience_s=30)
+
+
+def test_waiting_for_a_server_ends() -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as server:
+        with pytest.raises(OSError, match=r"no answer at .*/health within 0.3 s"):
+            wait_until_healthy(server, f"http://127.0.0.1:{free_port()}", patience_s=0.3)
+        server.communicate(b"\n")

@@ -9,7 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.steps import StepFailed, Steps, readable, run_command, started, stop_group, terminate_as_interrupt
+from pipelines.steps import (
+    StepFailed,
+    Steps,
+    readable,
+    run_command,
+    sources_identity,
+    started,
+    stop_group,
+    terminate_as_interrupt,
+)
 
 APPEND = "import sys; open(sys.argv[1], 'a').write(sys.argv[2])"
 DEAF = """
@@ -101,6 +110,35 @@ def test_a_changed_recipe_runs_its_step(tmp_path: Path) -> None:
         steps.run("train", [sys.executable, "-c", "", "--config", str(recipe)], [])
         ran.append(steps.records[0].ran)
     assert ran == [True, False, True]
+
+
+def test_other_code_runs_everything(tmp_path: Path) -> None:
+    ran = []
+    for code in ("old", "old", "new"):
+        steps = Steps(tmp_path / "receipts", identity=code)
+        steps.run("write", append(tmp_path / "log", "x"), [])
+        ran.append(steps.records[0].ran)
+    assert ran == [True, False, True]
+
+
+def test_sources_identity_sees_every_python_file_but_the_excluded(tmp_path: Path) -> None:
+    room = tmp_path / "room"
+    (room / "report").mkdir(parents=True)
+    for name in ("a.py", "notes.txt", "report/page.py"):
+        (room / name).write_text("1")
+
+    def identity() -> str:
+        return sources_identity([room], without=[room / "report"])
+
+    first = identity()
+    (room / "notes.txt").write_text("2")
+    (room / "report" / "page.py").write_text("2")
+    assert identity() == first
+    (room / "a.py").write_text("2")
+    assert identity() != first
+    second = identity()
+    (room / "a.py").rename(room / "b.py")
+    assert identity() != second
 
 
 def test_missing_output_runs_its_step(tmp_path: Path) -> None:
