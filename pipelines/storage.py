@@ -9,7 +9,6 @@ written beside its place and renamed into it.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import time
@@ -74,7 +73,7 @@ def read_many(uris: Sequence[str]) -> list[bytes]:
     file_system = filesystem(uris[0])[0]
     paths = [filesystem(uri)[1] for uri in uris]
     found = file_system.cat(paths, on_error="raise")
-    return list(found.values()) if isinstance(found, dict) else [found]
+    return [found[path] for path in paths] if isinstance(found, dict) else [found]
 
 
 def list_names(uri: str) -> list[str]:
@@ -115,13 +114,15 @@ def put_if_absent(uri: str, data: bytes) -> bool:
         return _link_if_absent(Path(path), data)
     for attempt in range(_CREATE_TRIES):
         try:
-            # Sends If-None-Match: *; S3 answers 412 where an object is, which s3fs raises as FileExistsError.
+            # Sends If-None-Match: *. S3 answers 412 where an object is, 409 where another write is under way.
             file_system.pipe_file(path, data, mode="create")
             return True
         except FileExistsError:
             return False
         except OSError as error:
-            if not _is_conflict(error):
+            if _s3_code(error) == "PreconditionFailed":
+                return False
+            if _s3_code(error) not in ("ConditionalRequestConflict", "OperationAborted"):
                 raise
         time.sleep(0.05 * 2**attempt)
     raise StorageError(f"{uri}: the store kept answering 409 (conflict) to a conditional write; try again")
@@ -145,9 +146,10 @@ def sha256(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _is_conflict(error: OSError) -> bool:
-    # s3fs turns a 409 into an OSError of EBUSY or leaves the service's words in the message.
-    return error.errno == errno.EBUSY or "ConditionalRequestConflict" in str(error)
+def _s3_code(error: OSError) -> str | None:
+    # s3fs makes 412 a FileExistsError only where the answer names the condition, which not every server does.
+    answer = getattr(error.__cause__, "response", None)
+    return answer["Error"].get("Code") if answer else None
 
 
 def _link_if_absent(path: Path, data: bytes) -> bool:
