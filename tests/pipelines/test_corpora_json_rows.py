@@ -1,0 +1,127 @@
+"""The scanner of JSON arrays and JSON lines, against json.loads of the whole file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pipelines.corpora import json_rows
+from pipelines.corpora.spans import Extent, Span, group
+from pipelines.records import RowError
+
+TEXT = st.text(alphabet='ab"\\{}[],:é\n 😀', max_size=12)
+VALUE = st.recursive(
+    st.none() | st.booleans() | st.integers() | TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def read_all(path: str, rows: int) -> list[Any]:
+    spans = list(group(json_rows.scan(path), rows))
+    return [value for span in spans for _, value in json_rows.read_rows(path, span)]
+
+
+@given(
+    rows=st.lists(VALUE, max_size=6),
+    indent=st.sampled_from([None, 1]),
+    ascii_only=st.booleans(),
+    block=st.integers(1, 40),
+    chunk=st.integers(1, 4),
+)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_array_reads_like_json(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    rows: list[Any],
+    indent: int | None,
+    ascii_only: bool,
+    block: int,
+    chunk: int,
+) -> None:
+    monkeypatch.setattr(json_rows, "_BLOCK", block)
+    path = tmp_path / "corpus.json"
+    path.write_text(json.dumps(rows, indent=indent, ensure_ascii=ascii_only), encoding="utf-8")
+    assert read_all(str(path), chunk) == rows
+
+
+@given(rows=st.lists(VALUE, max_size=6), block=st.integers(1, 40), chunk=st.integers(1, 4), end=st.booleans())
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_lines_read_like_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: list[Any], block: int, chunk: int, end: bool
+) -> None:
+    monkeypatch.setattr(json_rows, "_BLOCK", block)
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n" * end)
+    assert read_all(str(path), chunk) == rows
+
+
+def test_broken_rows_carry_file_and_line_and_harm_no_neighbour(tmp_path: Path) -> None:
+    path = tmp_path / "corpus.jsonl"
+    lines = [
+        b'{"id": 1}',
+        b"",
+        b'{"id": ',
+        b'\xef\xbb\xbf{"id": 3}',
+        b'{"id": "\xff"}',
+        b'{"id": "\x00"}',
+        b'{"id": 6}',
+    ]
+    path.write_bytes(b"\n".join(lines))
+    [first, second] = group(json_rows.scan(str(path)), rows=4)
+    read = [*json_rows.read_rows(str(path), first), *json_rows.read_rows(str(path), second)]
+    assert [location for location, _ in read] == [f"{path}:{line}" for line in (1, 3, 4, 5, 6, 7)]
+    values = [value for _, value in read]
+    assert (values[0], values[-1]) == ({"id": 1}, {"id": 6})
+    errors = values[1:-1]
+    assert all(isinstance(error, RowError) and error.reason == "row_malformed" for error in errors)
+    assert "BOM" in errors[1].detail
+    assert "0xff" in errors[2].detail
+
+
+def test_broken_element_of_an_array(tmp_path: Path) -> None:
+    path = tmp_path / "corpus.json"
+    path.write_text('\ufeff[\n {"id": 1},\n {"id": },\n nonsense,\n {"id": 4}\n]\n', encoding="utf-8")
+    [span] = group(json_rows.scan(str(path)), rows=10)
+    read = list(json_rows.read_rows(str(path), span))
+    assert [location for location, _ in read] == [f"{path}:{line} (element {line - 2})" for line in (2, 3, 4, 5)]
+    assert [isinstance(value, RowError) for _, value in read] == [False, True, True, False]
+
+
+def test_very_deep_row_is_a_bad_row(tmp_path: Path) -> None:
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("[" * 200_000 + "]" * 200_000 + '\n{"id": 1}\n')
+    values = read_all(str(path), 2)
+    assert isinstance(values[0], RowError)
+    assert values[1] == {"id": 1}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('[{"id": 1}, {"id": 2}', "not closed"),
+        ('[{"id": "1]', "not closed"),
+        ('[{"id": 1}]]', ":1: the array ends here, but the file goes on"),
+        ('[{"id": 1}}\n, {"id": 2}]', "the file goes on"),
+        ('{"id": 1}', r"begins with .*one array of rows.*\.jsonl"),
+        ("", "the file is empty"),
+    ],
+)
+def test_file_that_is_no_array_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "corpus.json"
+    path.write_text(content)
+    with pytest.raises(json_rows.FileFormatError, match=message) as raised:
+        list(json_rows.scan(str(path)))
+    assert str(path) in str(raised.value)
+
+
+def test_group_cuts_and_limits() -> None:
+    extents = [Extent(start=10 * i, stop=10 * i + 5, line=i + 1) for i in range(5)]
+    assert list(group(extents, rows=2)) == [Span(0, 15, 0, 2, 1), Span(20, 35, 2, 2, 3), Span(40, 45, 4, 1, 5)]
+    assert list(group(extents, rows=2, limit=3)) == [Span(0, 15, 0, 2, 1), Span(20, 25, 2, 1, 3)]
+    assert list(group([], rows=2)) == []
