@@ -13,7 +13,7 @@ from PIL import Image
 
 from flashsloth import FlashSlothProcessor
 from pipelines import storage
-from pipelines.shards.manifest import MANIFEST_NAME, Manifest, QuarantineEntry
+from pipelines.shards.manifest import MANIFEST_NAME, Layout, Manifest, Payload, QuarantineEntry
 from pipelines.shards.schema import SAMPLE_SCHEMA, describe
 from pipelines.shards.writer import write_shard
 
@@ -42,8 +42,8 @@ def write_prepared(
     folder: Path,
     rows: Sequence[dict[str, Any]],
     processor: FlashSlothProcessor,
-    payload: str = "pixels",
-    layout: str = "chat",
+    payload: Payload = "pixels",
+    layout: Layout = "chat",
     rows_per_shard: int = 8,
     features: tuple[int, ...] = (1, 81, 96),
 ) -> str:
@@ -64,7 +64,7 @@ def write_prepared(
         image_shape=shapes[0] if shapes else None,
         processor_identity=processor.identity(),
         encoder_identity="test" if payload == "features" else None,
-        arrow_schema=describe(SAMPLE_SCHEMA),
+        schema=describe(SAMPLE_SCHEMA),
         planned=len(table),
         written=len(table),
         quarantined=0,

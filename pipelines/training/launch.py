@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 import pyarrow.fs
 import ray
 import yaml
-from ray.train import CheckpointConfig, ScalingConfig
+from ray.train import ScalingConfig
 from ray.train.torch import TorchTrainer
-from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig
+from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from pipelines import storage
 from pipelines.settings import dump_settings
 from pipelines.shards.manifest import Manifest
 from pipelines.training.checkpoint import refuse_changed_run
+from pipelines.training.console import show_worker_lines_only
 from pipelines.training.loop import export_uri, run_identity, run_uri, train_worker
 from pipelines.training.process import require_compiler, worker_environment
 from pipelines.training.settings import ScalingSettings, TrainSettings
@@ -77,15 +80,20 @@ def check_cluster(scaling: ScalingSettings) -> None:
         ray.get(ray.remote(num_cpus=1)(require_compiler).remote())
 
 
-def train(settings: TrainSettings) -> str:
+def train(settings: TrainSettings, worker: Callable[[dict[str, Any]], None] = train_worker) -> str:
     """Run or continue the training; returns where the exported model is.
+
+    Args:
+        settings: With absolute paths, see `resolve_settings`.
+        worker: What each worker runs on `settings` as a dict.
 
     Raises:
         TrainingError: A worker failed more often than `run.max_failures` allows.
     """
+    show_worker_lines_only()
     storage.write_bytes(storage.join(run_uri(settings.run), "config.yaml"), dump_settings(settings).encode())
     try:
-        _trainer(settings).fit()
+        _trainer(settings, worker).fit()
     except WorkerGroupError as error:
         rank, failure = min(error.worker_failures.items())
         raise TrainingError(f"worker {rank} failed: {failure}") from error
@@ -94,12 +102,12 @@ def train(settings: TrainSettings) -> str:
     return export_uri(settings.run)
 
 
-def _trainer(settings: TrainSettings) -> TorchTrainer:
+def _trainer(settings: TrainSettings, worker: Callable[[dict[str, Any]], None]) -> TorchTrainer:
     run, scaling = settings.run, settings.scaling
     filesystem, path = _ray_storage(run.storage)
     environment = worker_environment(scaling.cpus_per_worker, scaling.gpus_per_worker > 0)
     return TorchTrainer(
-        train_worker,
+        worker,
         train_loop_config=yaml.safe_load(dump_settings(settings)),
         scaling_config=ScalingConfig(
             num_workers=scaling.num_workers,
@@ -108,7 +116,7 @@ def _trainer(settings: TrainSettings) -> TorchTrainer:
             | ({"GPU": scaling.gpus_per_worker} if scaling.gpus_per_worker else {}),
             placement_strategy=scaling.placement,
         ),
-        run_config=RunConfig(
+        run_config=RunConfig(  # type: ignore[arg-type]  # ray.train is typed as its first version
             name=run.name,
             storage_path=path,
             storage_filesystem=filesystem,

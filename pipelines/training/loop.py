@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -61,13 +62,13 @@ def train_worker(config: dict[str, Any]) -> None:
     device = prepare_process(settings.scaling.cpus_per_worker, settings.scaling.gpus_per_worker > 0)
     processor = load_processor(settings.model)
     rows = PreparedRows(settings.data.folders, settings.data.cache_dir)
-    trainer = _Trainer(settings, processor, rows, device)
-    start = restore(trainer.engine, trainer.identity)
-    trainer.run(start)
-    trainer.export(nothing_new=start.step >= trainer.num_steps)
+    run = WorkerRun(settings, processor, rows, device)
+    start = restore(run.engine, run.identity)
+    run.train(start)
+    run.export(nothing_new=start.step >= run.num_steps)
 
 
-class _Trainer:
+class WorkerRun:
     """One worker's side of the run."""
 
     def __init__(
@@ -93,16 +94,16 @@ class _Trainer:
         self.optimizer = build_optimizer(model, settings.optim)
         self.engine = _initialize(model, self.optimizer, settings)
 
-    def run(self, start: Progress) -> None:
+    def train(self, start: Progress) -> None:
         """Train from `start` to the last step."""
         if start.step >= self.num_steps:
             return
         step, position = start.step, start.position
         meter = StepMeter(self.device)
         log = RunLog(run_uri(self.settings.run), self.num_steps, start.step) if self.rank == 0 else None
-        with self._loader(position, self.num_steps - step) as loader:
-            for micro_batches in _steps(loader):
-                self._step(step, micro_batches, meter)
+        with self.loader(position, self.num_steps - step) as loader:
+            for micro_batches in grouped_by_step(loader):
+                self.step(step, micro_batches, meter)
                 step, position = step + 1, micro_batches[-1].batch.after
                 meter.add_step(micro_batches[-1].batch)
                 last = step == self.num_steps
@@ -128,7 +129,8 @@ class _Trainer:
             print(f"exported the model to {target}", flush=True)
         dist.barrier()
 
-    def _step(self, step: int, micro_batches: list[MicroBatch], meter: StepMeter) -> None:
+    def step(self, step: int, micro_batches: list[MicroBatch], meter: StepMeter) -> None:
+        """One optimizer step on this rank's share of a global batch."""
         seed_step(self.settings.run.seed, step, self.rank)
         set_learning_rates(self.optimizer, self._factor(step))
         for micro in micro_batches:
@@ -148,7 +150,8 @@ class _Trainer:
             moved["pixel_values"] = normalize_pixels(moved["pixel_values"])
         return moved
 
-    def _loader(self, position: Position, num_batches: int) -> BatchLoader:
+    def loader(self, position: Position, num_batches: int) -> BatchLoader:
+        """This rank's micro-batches of the next `num_batches` global batches."""
         return BatchLoader(
             self.rows,
             self.feed.walk(position, num_batches),
@@ -184,11 +187,13 @@ def _initialize(model: torch.nn.Module, optimizer: torch.optim.Optimizer, settin
     import deepspeed
 
     deepspeed.utils.logger.setLevel("WARNING")
+    with contextlib.redirect_stdout(None):  # it prints that its operator was built
+        deepspeed.init_distributed()
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(settings))
     return engine
 
 
-def _steps(loader: BatchLoader) -> Iterator[list[MicroBatch]]:
+def grouped_by_step(loader: BatchLoader) -> Iterator[list[MicroBatch]]:
     """The micro-batches of one optimizer step at a time."""
     step: list[MicroBatch] = []
     for micro in loader:

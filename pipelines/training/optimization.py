@@ -25,7 +25,7 @@ def parameter_groups(model: nn.Module, optim: OptimSettings) -> list[dict[str, A
     Biases and norms, which are the parameters of fewer than two dimensions, are not decayed. `peak_lr` stays in the
     group: `set_learning_rates` scales from it.
     """
-    part_lr: dict[str, float] = {**optim.part_lr}
+    part_lr = {str(part): lr for part, lr in optim.part_lr.items()}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import random
 import shutil
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import ray.train.torch
 import torch
+import transformers
 
 _ABANDONED_AFTER_S = 600
 
@@ -25,7 +27,11 @@ class CompilerError(ValueError):
 
 def worker_environment(cpus_per_worker: int, on_gpu: bool) -> dict[str, str]:
     """Environment variables that must be set before a worker imports torch and DeepSpeed."""
-    environment = {"OMP_NUM_THREADS": str(cpus_per_worker), "TOKENIZERS_PARALLELISM": "false"}
+    environment = {
+        "OMP_NUM_THREADS": str(cpus_per_worker),
+        "TOKENIZERS_PARALLELISM": "false",
+        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # prints every line a second time, through a logger
+    }
     if not on_gpu:
         # DeepSpeed chooses its accelerator when it is imported; with a CUDA build of torch it would choose CUDA.
         environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
@@ -37,6 +43,9 @@ def prepare_process(cpus_per_worker: int, on_gpu: bool) -> torch.device:
     torch.set_num_threads(cpus_per_worker)
     # DeepSpeed 0.19 calls collectives that torch 2.13 has renamed.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    transformers.utils.logging.disable_progress_bar()
+    # Ray Train sets the root logger to INFO and reports each checkpoint through it, from every rank.
+    logging.getLogger().setLevel(logging.WARNING)
     if on_gpu:
         device = ray.train.torch.get_device()
         torch.cuda.set_device(device)
@@ -68,10 +77,7 @@ def build_cpu_operator() -> None:
     if tools not in os.environ.get("PATH", "").split(os.pathsep):
         os.environ["PATH"] = os.pathsep.join([tools, os.environ.get("PATH", "")])
     require_compiler()
-    import deepspeed.utils
     from deepspeed.accelerator import get_accelerator
-
-    deepspeed.utils.logger.setLevel("WARNING")
     from torch.utils.cpp_extension import _get_build_directory
 
     folder = Path(_get_build_directory("deepspeed_shm_comm", False))
