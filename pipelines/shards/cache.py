@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +26,7 @@ class ShardCache:
         """The file of the shard with hash `sha256`, filled by `fetch` if it is not here."""
         path = self.folder / f"{sha256}.arrow"
         try:
-            os.utime(path)  # the time of last use, by which the cache forgets
+            _touch(path)
         except FileNotFoundError:
             self._store(path, fetch())
         return path
@@ -36,6 +37,7 @@ class ShardCache:
         # Several processes may fetch one shard: each writes its own file, and the last rename wins with equal bytes.
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
         temporary.write_bytes(data)
+        _touch(temporary)
         os.replace(temporary, path)
 
     def _make_room(self, needed: int) -> None:
@@ -51,6 +53,12 @@ class ShardCache:
                 return
             Path(path).unlink(missing_ok=True)  # a process that has it mapped keeps its pages
             held -= size
+
+
+def _touch(path: Path) -> None:
+    """Note the time of last use, by which the cache forgets; finer than the kernel's own stamp."""
+    now = time.time_ns()
+    os.utime(path, ns=(now, now))
 
 
 def _default_folder() -> Path:

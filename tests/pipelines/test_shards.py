@@ -1,0 +1,233 @@
+"""Shards and their manifest: what is written is read, and what was changed afterwards is named."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipelines import storage
+from pipelines.shards import Manifest, ManifestError, ShardedDataset, ShardError
+from pipelines.shards.cache import ShardCache
+from pipelines.shards.manifest import MANIFEST_NAME, QuarantineEntry, ShardEntry
+from pipelines.shards.receipts import AccountingError, account
+from pipelines.shards.schema import SAMPLE_SCHEMA, describe
+from pipelines.shards.writer import write_shard
+
+SHAPES = {"pixels": [1, 3, 4, 4], "features": [1, 9, 8], "original": []}
+DTYPES = {"pixels": "uint8", "features": "float16", "original": ""}
+FIELDS = {"pixels": "pixel_values", "features": "patch_features", "original": "image_bytes"}
+
+
+def sample(number: int, payload: str) -> dict[str, Any]:
+    """Every third row is text only."""
+    rng = np.random.default_rng(number)
+    ids = rng.integers(0, 100, 5 + number).tolist()
+    image = rng.integers(0, 50, SHAPES[payload] or [7]).astype(DTYPES[payload] or "uint8")
+    picture = {"image": image.tobytes(), "image_shape": SHAPES[payload], "image_dtype": DTYPES[payload]}
+    return {
+        "key": f"corpus:{number}",
+        "id": "repeated",
+        "source": "corpus",
+        "messages": [{"role": "user", "content": f"question {number} é"}, {"role": "assistant", "content": "answer"}],
+        "question_types": ["colour"],
+        "input_ids": ids,
+        "labels": [-100] * 3 + ids[3:],
+        "question_ids": [0, 1, 2, *[0] * (len(ids) - 3)],
+    } | (picture if number % 3 else {})
+
+
+def write_dataset(folder: str, payload: str = "pixels", rows: int = 10, per_shard: int = 4) -> list[dict[str, Any]]:
+    samples = [sample(number, payload) for number in range(rows)]
+    parts = [samples[start : start + per_shard] for start in range(0, rows, per_shard)]
+    shards = [write_shard(folder, pa.Table.from_pylist(part, schema=SAMPLE_SCHEMA)) for part in parts]
+    write_manifest(folder, payload, shards)
+    return samples
+
+
+def write_manifest(folder: str, payload: str, shards: list[ShardEntry]) -> None:
+    rows = sum(shard.rows for shard in shards)
+    manifest = Manifest(
+        plan="0" * 64,
+        payload=payload,
+        layout="chat",
+        max_length=3072,
+        tiling="base",
+        num_image_tokens=9,
+        image_shape=SHAPES[payload] or None,
+        processor_identity="1" * 64,
+        encoder_identity=None,
+        schema=describe(SAMPLE_SCHEMA),
+        planned=rows,
+        written=rows,
+        quarantined=0,
+        quarantine_reasons={},
+        quarantine=QuarantineEntry(name="quarantine.parquet", rows=0, bytes=0, sha256=""),
+        shards=shards,
+    )
+    storage.write_bytes(storage.join(folder, MANIFEST_NAME), manifest.to_json())
+
+
+@pytest.mark.parametrize("payload", ["original", "pixels", "features"])
+def test_every_row_reads_as_it_was_written(tmp_path: Path, payload: str) -> None:
+    samples = write_dataset(str(tmp_path), payload)
+    dataset = ShardedDataset(str(tmp_path))
+    assert len(dataset) == len(samples)
+    for index in np.random.default_rng(0).permutation(len(samples)):
+        written, read = samples[index], dataset.read(int(index))
+        for name in ("key", "id", "source", "messages", "question_types"):
+            assert read[name] == written[name]
+        for name in ("input_ids", "labels", "question_ids"):
+            assert read[name].dtype == np.int32
+            assert read[name].tolist() == written[name]
+        assert (FIELDS[payload] in read) == ("image" in written)
+        if payload == "original" and "image" in written:
+            assert read["image_bytes"] == written["image"]
+        elif "image" in written:
+            image = read[FIELDS[payload]]
+            assert (list(image.shape), str(image.dtype)) == (SHAPES[payload], DTYPES[payload])
+            assert image.tobytes() == written["image"]
+            assert image.flags.writeable
+
+
+def test_numbers_of_rows_come_from_the_manifest_alone(tmp_path: Path) -> None:
+    samples = write_dataset(str(tmp_path))
+    for shard in (tmp_path / "shards").iterdir():
+        shard.unlink()
+    dataset = ShardedDataset(str(tmp_path))
+    assert dataset.num_tokens.tolist() == [len(row["input_ids"]) for row in samples]
+    assert dataset.num_loss_tokens.tolist() == [sum(x != -100 for x in row["labels"]) for row in samples]
+    assert dataset.has_image.tolist() == ["image" in row for row in samples]
+    assert dataset.manifest.shards[0].num_turns == [2] * 4
+
+
+def test_equal_rows_give_an_equal_dataset(tmp_path: Path) -> None:
+    identities = []
+    for name in ("a", "b"):
+        write_dataset(str(tmp_path / name))
+        identities.append(Manifest.load(str(tmp_path / name)).identity())
+    assert identities[0] == identities[1]
+
+
+def test_a_row_is_one_record_batch(tmp_path: Path) -> None:
+    write_dataset(str(tmp_path), rows=4)
+    [shard] = (tmp_path / "shards").iterdir()
+    with pa.ipc.open_file(shard) as file:
+        assert [file.get_batch(number).num_rows for number in range(file.num_record_batches)] == [1] * 4
+
+
+def test_pickled_copy_and_threads_read_the_same(tmp_path: Path) -> None:
+    samples = write_dataset(str(tmp_path))
+    dataset = ShardedDataset(str(tmp_path))
+    dataset.read(0)
+    copy = pickle.loads(pickle.dumps(dataset))
+    with ThreadPoolExecutor(8) as threads:
+        keys = list(threads.map(lambda index: copy.read(index)["key"], list(range(10)) * 20))
+    assert keys == [row["key"] for row in samples] * 20
+
+
+@pytest.mark.parametrize("index", [-1, 10])
+def test_no_such_row(tmp_path: Path, index: int) -> None:
+    write_dataset(str(tmp_path))
+    with pytest.raises(IndexError, match="10 rows"):
+        ShardedDataset(str(tmp_path)).read(index)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncate, r"expected \d+ bytes, found \d+"),
+        (flip_a_bit, "expected sha256 [0-9a-f]{64}, found [0-9a-f]{64}"),
+        (Path.unlink, "expected .* sha256 [0-9a-f]{64}, found no such file"),
+    ],
+)
+def test_damaged_shard_is_named(tmp_path: Path, damage: Callable[[Path], None], message: str) -> None:
+    write_dataset(str(tmp_path))
+    dataset = ShardedDataset(str(tmp_path))
+    name = dataset.manifest.shards[1].name
+    damage(tmp_path / name)
+    assert dataset.read(0)["key"] == "corpus:0"
+    with pytest.raises(ShardError, match=message) as raised:
+        dataset.read(5)
+    assert name in str(raised.value)
+    with pytest.raises(ShardError, match=message):  # still, and not only the first time
+        dataset.read(5)
+
+
+def test_folder_without_manifest_is_no_dataset(tmp_path: Path) -> None:
+    write_dataset(str(tmp_path))
+    (tmp_path / MANIFEST_NAME).unlink()
+    with pytest.raises(ManifestError, match=r"no manifest\.json.*jobs/prepare\.py"):
+        ShardedDataset(str(tmp_path))
+
+
+def test_broken_manifest_names_the_field(tmp_path: Path) -> None:
+    write_dataset(str(tmp_path))
+    path = tmp_path / MANIFEST_NAME
+    path.write_text(path.read_text().replace('"payload":"pixels"', '"payload":"pictures"'))
+    with pytest.raises(ManifestError, match=r"manifest\.json.*payload"):
+        ShardedDataset(str(tmp_path))
+
+
+@pytest.mark.s3
+def test_dataset_on_s3_is_fetched_once_and_checked(s3_uri: str, tmp_path: Path) -> None:
+    samples = write_dataset(s3_uri)
+    dataset = ShardedDataset(s3_uri, cache_dir=str(tmp_path))
+    assert [dataset.read(index)["key"] for index in range(10)] == [row["key"] for row in samples]
+    cached = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert len(cached) == 3
+    first = dataset.manifest.shards[0]
+    storage.write_bytes(storage.join(s3_uri, first.name), b"x" * first.bytes)
+    assert ShardedDataset(s3_uri, cache_dir=str(tmp_path)).read(0)["key"] == "corpus:0"  # from the cache
+    with pytest.raises(ShardError, match=f"{first.name}: expected sha256 {first.sha256}"):
+        ShardedDataset(s3_uri, cache_dir=str(tmp_path / "empty")).read(0)
+    assert not any((tmp_path / "empty").rglob("*"))
+
+
+def test_cache_keeps_within_its_bound(tmp_path: Path) -> None:
+    cache = ShardCache(str(tmp_path), max_bytes=250)
+    fetched: list[str] = []
+
+    def get(name: str) -> bytes:
+        def fetch() -> bytes:
+            fetched.append(name)
+            return name.encode() * 100
+
+        return cache.get(name, fetch).read_bytes()
+
+    for name in ("a", "b", "a", "c"):  # c takes the place of b, the least recently used
+        assert get(name) == name.encode() * 100
+    assert sorted(path.stem for path in tmp_path.iterdir()) == ["a", "c"]
+    get("a")
+    get("b")
+    assert fetched == ["a", "b", "c", "b"]
+
+
+@pytest.mark.parametrize(
+    ("written", "quarantined", "message"),
+    [
+        (["a", "b"], [], "3 rows planned, 2 written, 0 quarantined; lost: c"),
+        (["a", "b", "c"], ["c"], "doubled: c"),
+        (["a", "b", "c", "d"], [], "not planned: d"),
+    ],
+)
+def test_every_key_is_accounted_for_once(written: list[str], quarantined: list[str], message: str) -> None:
+    account(["a", "b", "c"], ["a", "c"], ["b"])
+    with pytest.raises(AccountingError, match=message):
+        account(["a", "b", "c"], written, quarantined)
