@@ -228,7 +228,7 @@ def _foreign_format(data: bytes, formats: Sequence[str]) -> str | None:
     """Name of the known format, outside `formats`, whose signature the data carries. Nothing is opened."""
     Image.init()
     for name, (_, accepts) in Image.OPEN.items():
-        if name not in formats and accepts is not None and accepts(data[:16]) is True:
+        if name not in formats and accepts is not None and accepts(data[:16].ljust(16, b"\0")) is True:
             return name
     return None
 
