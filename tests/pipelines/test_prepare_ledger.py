@@ -1,0 +1,162 @@
+"""The ledger without Ray: receipts are put once, resumed from, and added up before anything is published."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines import storage
+from pipelines.preparation.ledger import Ledger, PublishError
+from pipelines.preparation.plan import Chunk, Plan, PlanError, SourceTerms, Terms, load_plan
+from pipelines.preparation.progress import Progress
+from pipelines.shards import Manifest
+from pipelines.shards.receipts import AccountingError, QuarantinedRow, Receipt
+from pipelines.shards.schema import SAMPLE_SCHEMA
+from pipelines.shards.writer import write_shard
+from tests.pipelines.test_shards import sample
+
+PLACES = ["local", pytest.param("s3", marks=pytest.mark.s3)]
+
+
+@pytest.fixture(params=PLACES)
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path) if request.param == "local" else request.getfixturevalue("s3_uri")
+
+
+def make_plan(layout: str = "chat", chunks: int = 3) -> Plan:
+    source = SourceTerms(name="corpus", format="llava", path="c.json", image_root=None, limit=None, fingerprint="1-1")
+    terms = Terms(
+        sources=[source],
+        layout=layout,
+        payload="pixels",
+        max_length=500,
+        chunk_rows=2,
+        tiling="base",
+        num_image_tokens=9,
+        image_shape=[1, 3, 4, 4],
+        processor_identity="p",
+        encoder_identity=None,
+        code="c",
+    )
+    cut = [Chunk(source=0, start=0, stop=1, first_row=2 * i, rows=2, first_line=1) for i in range(chunks)]
+    return Plan(terms=terms, chunks=cut)
+
+
+def make_receipt(place: str, plan: Plan, chunk: int, bad: int = 0) -> Receipt:
+    numbers = [2 * chunk, 2 * chunk + 1]
+    good = [sample(number, "pixels") for number in numbers[: 2 - bad]]
+    rejected = [
+        QuarantinedRow(key=key, id="", source="corpus", location="c.json:1", reason="image_missing", detail="gone")
+        for key in plan.keys(plan.chunks[chunk])[2 - bad :]
+    ]
+    shard = write_shard(place, pa.Table.from_pylist(good, schema=SAMPLE_SCHEMA)) if good else None
+    return Receipt(plan=plan.identity(), chunk=chunk, planned=2, shard=shard, quarantined=rejected)
+
+
+def test_resumes_where_its_receipts_end(place: str) -> None:
+    plan = make_plan()
+    ledger = Ledger(place, plan, 0.5)
+    assert ledger.pending == [0, 1, 2]
+    ledger.commit(make_receipt(place, plan, 1, bad=1))
+    resumed = Ledger(place, plan, 0.5)
+    assert resumed.pending == [0, 2]
+    assert (resumed.num_done, resumed.num_quarantined) == (2, 1)
+    with pytest.raises(AccountingError, match="2 of 3 chunks have no receipt"):
+        resumed.publish()
+    for chunk in (2, 0):  # in any order
+        resumed.commit(make_receipt(place, plan, chunk))
+    manifest = resumed.publish()
+    assert Manifest.load(place) == manifest
+    assert (manifest.planned, manifest.written, manifest.quarantined) == (6, 5, 1)
+    assert manifest.quarantine_reasons == {"image_missing": 1}
+    assert [shard.rows for shard in manifest.shards] == [2, 1, 2]
+    assert Ledger(place, plan, 0.5).publish() == manifest  # killed after the manifest: the same again
+
+
+def test_quarantine_is_a_table(tmp_path: Path) -> None:
+    plan = make_plan(chunks=1)
+    ledger = Ledger(str(tmp_path), plan, 0.5)
+    ledger.commit(make_receipt(str(tmp_path), plan, 0, bad=1))
+    entry = ledger.publish().quarantine
+    [bad] = pq.read_table(tmp_path / entry.name).to_pylist()
+    location = {"source": "corpus", "location": "c.json:1"}
+    assert bad == {"key": "corpus:1", "id": "", **location, "reason": "image_missing", "detail": "gone"}
+    assert entry.sha256 == storage.sha256((tmp_path / entry.name).read_bytes())
+
+
+def test_second_driver_takes_the_first_ones_receipt(place: str) -> None:
+    plan = make_plan(chunks=1)
+    first, second = Ledger(place, plan, 0.9), Ledger(place, plan, 0.9)
+    first.commit(make_receipt(place, plan, 0))
+    second.commit(make_receipt(place, plan, 0, bad=1))  # it saw one of the rows fail
+    assert first.publish() == second.publish()
+    assert second.num_quarantined == 0
+
+
+def test_folder_belongs_to_one_plan(tmp_path: Path) -> None:
+    Ledger(str(tmp_path), make_plan(), 0.5)
+    with pytest.raises(PlanError, match=r"plan\.json: another driver"):
+        Ledger(str(tmp_path), make_plan(layout="caption"), 0.5)
+    assert load_plan(str(tmp_path)) == make_plan()
+
+
+def test_receipt_of_another_plan_is_refused(tmp_path: Path) -> None:
+    other = make_plan(layout="caption")
+    receipt = make_receipt(str(tmp_path), other, 0)
+    storage.write_bytes(storage.join(str(tmp_path), receipt.name), receipt.model_dump_json().encode())
+    with pytest.raises(PlanError, match="a receipt of plan"):
+        Ledger(str(tmp_path), make_plan(), 0.5)
+
+
+def test_differing_terms_are_listed() -> None:
+    mine, theirs = make_plan().terms, make_plan(layout="caption").terms
+    changed = theirs.model_copy(update={"sources": [theirs.sources[0].model_copy(update={"fingerprint": "2-2"})]})
+    differences = mine.differences(changed)
+    assert differences == ["sources.0.fingerprint: was '1-1', now '2-2'", "layout: was 'chat', now 'caption'"]
+    assert mine.differences(mine) == []
+
+
+def test_too_many_bad_rows_publish_nothing(tmp_path: Path) -> None:
+    plan = make_plan()
+    ledger = Ledger(str(tmp_path), plan, max_quarantined_share=0.2)
+    ledger.commit(make_receipt(str(tmp_path), plan, 0, bad=1))
+    ledger.check_share()
+    ledger.commit(make_receipt(str(tmp_path), plan, 1, bad=1))
+    with pytest.raises(PublishError, match=r"2 of 6 rows.*image_missing 2.*c\.json:1: image_missing: gone"):
+        ledger.check_share()  # before the work is done: it cannot get better
+    assert Ledger(str(tmp_path), plan, 0.4).pending == [2]  # the receipts stay, a larger share goes on
+
+
+def test_all_rows_bad_is_an_error_at_any_share(tmp_path: Path) -> None:
+    plan = make_plan(chunks=1)
+    ledger = Ledger(str(tmp_path), plan, max_quarantined_share=1.0)
+    ledger.commit(make_receipt(str(tmp_path), plan, 0, bad=2))
+    with pytest.raises(PublishError, match="2 of 2 rows"):
+        ledger.publish()
+    assert not (tmp_path / "manifest.json").exists()
+
+
+def test_lost_row_is_found(tmp_path: Path) -> None:
+    plan = make_plan(chunks=1)
+    ledger = Ledger(str(tmp_path), plan, 0.5)
+    receipt = make_receipt(str(tmp_path), plan, 0, bad=1)
+    ledger.commit(receipt.model_copy(update={"quarantined": []}))
+    with pytest.raises(AccountingError, match="chunk 0: 2 rows planned, 1 written, 0 quarantined"):
+        ledger.publish()
+
+
+def test_another_manifest_is_not_overwritten(tmp_path: Path) -> None:
+    plan = make_plan(chunks=1)
+    ledger = Ledger(str(tmp_path), plan, 0.5)
+    ledger.commit(make_receipt(str(tmp_path), plan, 0))
+    storage.write_bytes(str(tmp_path / "manifest.json"), b"{}")
+    with pytest.raises(PublishError, match="a different manifest"):
+        ledger.publish()
+
+
+def test_progress_line_says_rate_and_time_left() -> None:
+    line = Progress(planned=10_000, done=1_000).line(3_000, 7, seconds=20.0)
+    assert line == "3,000 of 10,000 rows (30.0%), 100 rows/s, 7 quarantined, 70 s left"
