@@ -12,19 +12,19 @@ from pipelines.settings import Section
 class Limits(Section):
     """What one request may ask for. Everything beyond is refused before the model sees it."""
 
-    max_body_bytes: int = Field(20 * 2**20, gt=0)
+    max_body_bytes: int = Field(default=20 * 2**20, gt=0)
     """Largest request body; a larger one is answered with 413."""
 
-    max_image_pixels: int = Field(50_000_000, gt=0)
+    max_image_pixels: int = Field(default=50_000_000, gt=0)
     """Largest image by width x height, read from its header before it is decoded."""
 
-    max_prompt_tokens: int = Field(2048, gt=0)
+    max_prompt_tokens: int = Field(default=2048, gt=0)
     """Longest prompt, visual tokens included."""
 
-    max_tokens: int = Field(1024, gt=0)
+    max_tokens: int = Field(default=1024, gt=0)
     """Longest answer a request may ask for."""
 
-    default_max_tokens: int = Field(256, gt=0)
+    default_max_tokens: int = Field(default=256, gt=0)
     """Length of an answer where the request does not say; at most `max_tokens`."""
 
 
@@ -43,20 +43,23 @@ class ServeArgs(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the model; auto: bfloat16 on a GPU, float32 on a CPU."""
 
-    num_replicas: int = Field(1, gt=0)
+    num_replicas: int = Field(default=1, gt=0)
     """Engines, each with a model of its own."""
 
-    num_gpus: float = Field(0, ge=0)
+    num_cpus: float = Field(default=1, ge=0)
+    """CPUs that Ray reserves per engine; on a CPU this is also how many threads compute."""
+
+    num_gpus: float = Field(default=0, ge=0)
     """GPUs that Ray reserves per engine."""
 
-    max_batch_size: int = Field(8, gt=0)
+    max_batch_size: int = Field(default=8, gt=0)
     """Most requests that are decoded together."""
 
-    batch_wait_timeout_s: float = Field(0.01, ge=0)
+    batch_wait_timeout_s: float = Field(default=0.01, ge=0)
     """How long the first request of a batch waits for others."""
 
-    max_queued_requests: int = Field(128, gt=0)
-    """Requests that may wait at the door; more are answered with 503."""
+    max_queued_requests: int = Field(default=128, gt=0)
+    """Requests that may wait at the door; more are answered with 429."""
 
     limits: Limits = Limits()
     """What one request may ask for."""

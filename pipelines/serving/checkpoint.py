@@ -1,0 +1,117 @@
+"""Opening an exported checkpoint to serve it: safetensors only, and every reason to refuse is said in one sentence."""
+
+from __future__ import annotations
+
+import functools
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+
+from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
+from pipelines.storage import filesystem, is_local
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class CheckpointError(ValueError):
+    """A folder that cannot be served; the message names it and says why."""
+
+
+def fetch(checkpoint: str | Path) -> Path:
+    """The checkpoint as a local folder. One on an object store is downloaded into a temporary folder.
+
+    Raises:
+        CheckpointError: there is no such folder.
+    """
+    uri = str(checkpoint)
+    store, path = filesystem(uri)
+    if not store.isdir(path):
+        raise CheckpointError(f"{uri}: no such folder; name the folder that training exported")
+    return Path(path) if is_local(uri) else _download(uri)
+
+
+@functools.cache  # model and processor of one engine come from one download
+def _download(uri: str) -> Path:
+    store, path = filesystem(uri)
+    folder = tempfile.mkdtemp(prefix="flashsloth-checkpoint-")
+    store.get(path.rstrip("/") + "/", folder, recursive=True)
+    return Path(folder)
+
+
+def check_folder(checkpoint: str | Path) -> None:
+    """Look at the files' names and the config, without loading weights.
+
+    Raises:
+        CheckpointError: the folder is missing, is another model's, or has its weights in anything but safetensors.
+    """
+    store, path = filesystem(str(checkpoint))
+    if not store.isdir(path):
+        raise CheckpointError(f"{checkpoint}: no such folder; name the folder that training exported")
+    names = {entry.rstrip("/").rpartition("/")[2] for entry in store.ls(path, detail=False)}
+    if "config.json" not in names:
+        raise CheckpointError(f"{checkpoint}: no config.json; name the folder that training exported")
+    try:
+        config = json.loads(store.cat_file(f"{path}/config.json"))
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint}/config.json is no JSON: {error}") from error
+    found = config.get("model_type") if isinstance(config, dict) else None
+    if found != "flashsloth":
+        hint = "; convert a released one first: python jobs/convert.py" if found == "phi" else ""
+        raise CheckpointError(f"{checkpoint}: its config.json says model_type {found!r}, not 'flashsloth'{hint}")
+    if not any(name.endswith(".safetensors") for name in names):
+        raise CheckpointError(
+            f"{checkpoint}: no .safetensors file; weights in other formats can run code when read, and are not served"
+        )
+
+
+def load_model(checkpoint: str | Path, device: str = "auto", dtype: str = "auto") -> FlashSlothForConditionalGeneration:
+    """The model, in evaluation mode on its device ("auto": a GPU in bfloat16, else the CPU in float32).
+
+    Raises:
+        CheckpointError: as `check_folder`, and where the weights do not fill the model exactly.
+    """
+    check_folder(checkpoint)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        dtype = "bfloat16" if device == "cuda" else "float32"
+    options = {"dtype": DTYPES[dtype], "use_safetensors": True, "local_files_only": True}
+    try:
+        model, loading = FlashSlothForConditionalGeneration.from_pretrained(
+            fetch(checkpoint), output_loading_info=True, **options
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{checkpoint}: {error}") from error
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        keys = sorted(str(key) for key in loading.get(problem) or ())
+        if keys:
+            raise CheckpointError(f"{checkpoint}: {len(keys)} {problem.replace('_', ' ')}, first {keys[0]}")
+    return model.to(device).eval()
+
+
+def load_processor(checkpoint: str | Path) -> FlashSlothProcessor:
+    """The processor that was exported beside the model.
+
+    Raises:
+        CheckpointError: its files are missing, or it speaks of other tokens than the model.
+    """
+    check_folder(checkpoint)
+    folder = fetch(checkpoint)
+    try:
+        processor = FlashSlothProcessor.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint}: no processor can be loaded from it ({error})") from error
+    config = FlashSlothForConditionalGeneration.config_class.from_pretrained(folder)
+    pairs = {
+        "num_image_tokens": (processor.num_image_tokens, config.num_image_tokens),
+        "num_query_tokens": (processor.num_query_tokens, config.num_query_tokens),
+        "image_token_id": (processor.image_token_id, config.image_token_id),
+        "query_token_id": (processor.query_token_id, config.query_token_id),
+        "image size": (processor.image_processor.size, config.vision_config.image_size),
+    }
+    for name, (ours, theirs) in pairs.items():
+        if ours != theirs:
+            raise CheckpointError(f"{checkpoint}: its processor has {name} {ours}, its model {theirs}")
+    return processor
