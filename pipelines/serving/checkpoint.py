@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
 from pipelines.storage import filesystem, is_local
@@ -82,7 +83,7 @@ def load_model(checkpoint: str | Path, device: str = "auto", dtype: str = "auto"
         model, loading = FlashSlothForConditionalGeneration.from_pretrained(
             fetch(checkpoint), output_loading_info=True, **options
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{checkpoint}: {error}") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         keys = sorted(str(key) for key in loading.get(problem) or ())

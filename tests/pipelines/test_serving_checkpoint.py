@@ -1,0 +1,103 @@
+"""A folder that cannot be served is refused, and the reason is said."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipelines.serving.checkpoint import CheckpointError, check_folder, load_model, load_processor
+from pipelines.serving.engine import Engine
+
+
+@pytest.fixture
+def folder(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    """A copy that a test may spoil."""
+    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
+
+
+def change_config(folder: Path, **changes: object) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def test_an_exported_folder_opens(tiny_checkpoint: Path) -> None:
+    engine = Engine.from_checkpoint(tiny_checkpoint, device="cpu")
+    assert engine.model.dtype == torch.float32
+    assert not engine.model.training
+    assert load_model(tiny_checkpoint, "cpu", "bfloat16").dtype == torch.bfloat16
+
+
+def test_a_missing_folder() -> None:
+    with pytest.raises(CheckpointError, match="/nowhere: no such folder"):
+        check_folder("/nowhere")
+
+
+def test_a_folder_without_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        check_folder(folder)
+
+
+def test_a_config_that_is_no_json(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"config\.json is no JSON"):
+        check_folder(folder)
+
+
+def test_another_architecture(folder: Path) -> None:
+    change_config(folder, model_type="llava")
+    with pytest.raises(CheckpointError, match="model_type 'llava', not 'flashsloth'"):
+        check_folder(folder)
+
+
+def test_a_released_checkpoint_is_pointed_to_conversion(folder: Path) -> None:
+    change_config(folder, model_type="phi")
+    with pytest.raises(CheckpointError, match=r"jobs/convert\.py"):
+        check_folder(folder)
+
+
+def test_pickled_weights(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    torch.save(weights, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"no \.safetensors file"):
+        load_model(folder)
+
+
+def test_truncated_weights(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match=str(folder)):
+        load_model(folder)
+
+
+def test_missing_and_surplus_weights(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    name = "model.query_tokens"
+    kept = {key: value for key, value in weights.items() if key != name}
+    save_file(kept, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"1 missing keys, first {name}"):
+        load_model(folder)
+    save_file({**weights, "model.surplus": weights[name].clone()}, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"1 unexpected keys, first model\.surplus"):
+        load_model(folder)
+
+
+def test_no_processor(folder: Path) -> None:
+    for file in ("processor_config.json", "tokenizer.json", "tokenizer_config.json"):
+        (folder / file).unlink()
+    with pytest.raises(CheckpointError, match="no processor"):
+        load_processor(folder)
+
+
+def test_a_processor_of_another_model(folder: Path) -> None:
+    file = folder / "processor_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "num_image_tokens": 81}))
+    with pytest.raises(CheckpointError, match="num_image_tokens 81, its model 9"):
+        load_processor(folder)
