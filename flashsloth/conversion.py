@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer
 
 from .configuration_flashsloth import SO400M_PATCH14_384, FlashSlothConfig
 from .image_processing_flashsloth import FlashSlothImageProcessor
@@ -88,9 +88,7 @@ def from_released(reference: Path, out: Path) -> list[str]:
         _check(shapes, {k: tuple(v.shape) for k, v in _empty_model(config).state_dict().items()}, reference)
         config.dtype = _common_dtype(folder)
         config.save_pretrained(folder)
-        GenerationConfig(
-            eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id, do_sample=False
-        ).save_pretrained(folder)
+        _empty_model(config).generation_config.save_pretrained(folder)
         if (reference / "tokenizer_config.json").exists():
             _processor(reference, config).save_pretrained(folder)
     return dropped
@@ -283,7 +281,8 @@ def _processor(reference: Path, config: FlashSlothConfig) -> FlashSlothProcessor
     """The processor of a released checkpoint, in the layout it was evaluated with: no space before the query tokens."""
     processor = FlashSlothProcessor(
         FlashSlothImageProcessor(tiling=config.tiling, size=config.vision_config.image_size),
-        AutoTokenizer.from_pretrained(reference),
+        # Without a config, the released config.json would be read as ours, which it only resembles.
+        AutoTokenizer.from_pretrained(reference, config=config.text_config),
         num_image_tokens=config.num_image_tokens,
         num_query_tokens=config.num_query_tokens,
         query_separator="",

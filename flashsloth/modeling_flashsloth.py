@@ -340,6 +340,8 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, GenerationMi
         super().__init__(config)
         self.model = FlashSlothModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=True)
+        # Placeholders are structure: an answer that contained one could not be read back by this model.
+        self.generation_config.suppress_tokens = [config.image_token_id, config.query_token_id]
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -426,9 +428,14 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, GenerationMi
     ) -> dict[str, Any]:
         """Images and questions are read in the prefill; afterwards they live in the cache."""
         inputs = super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
-        if not is_first_iteration and kwargs.get("use_cache", True):
+        if is_first_iteration:
+            return inputs
+        if kwargs.get("use_cache", True):
             inputs.pop("question_ids", None)
             inputs.pop("patch_features", None)
+        elif inputs.get("question_ids") is not None:
+            answered = inputs["input_ids"].shape[1] - inputs["question_ids"].shape[1]
+            inputs["question_ids"] = nn.functional.pad(inputs["question_ids"], (0, answered))
         return inputs
 
     def _expand_inputs_for_generation(
