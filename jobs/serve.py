@@ -57,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         return _serve(app, settings)
     except KeyboardInterrupt:
         print("stopping: waiting for answers that are under way", flush=True)
+        serve.delete(APPLICATION)  # shutdown() alone would cut the connections first
         return 0
     finally:
         serve.shutdown()

@@ -1,0 +1,133 @@
+"""`python jobs/serve.py`: answers until it is told to stop, and says why it does not start."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fixtures.ray_session import REPOSITORY
+from tests.pipelines.test_serving_app import free_port
+
+
+class Job:
+    """A running `jobs/serve.py`, in a process group of its own."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "jobs/serve.py", *arguments],
+            cwd=REPOSITORY,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self.output = ""
+
+    def wait_for_line(self, text: str) -> None:
+        for line in self.process.stdout:
+            self.output += line
+            if text in line:
+                return
+        raise AssertionError(f"ended without {text!r}:\n{self.output}")
+
+    def finish(self, timeout_s: float = 120) -> int:
+        self.output += self.process.communicate(timeout=timeout_s)[0]
+        return self.process.returncode
+
+
+@pytest.fixture
+def start_job() -> Iterator[Any]:
+    jobs: list[Job] = []
+
+    def start(*arguments: str) -> Job:
+        jobs.append(Job(*arguments))
+        return jobs[-1]
+
+    yield start
+    for job in jobs:
+        if job.process.poll() is None:
+            os.killpg(job.process.pid, signal.SIGKILL)
+            job.process.wait()
+
+
+def post(port: int, max_tokens: int) -> dict[str, Any]:
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": max_tokens}
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/chat/completions", json.dumps(body).encode())
+    with urllib.request.urlopen(request, timeout=120) as response:
+        return json.load(response)
+
+
+@pytest.mark.ray
+def test_a_stop_lets_the_answer_that_is_under_way_finish(start_job: Any, tiny_checkpoint: Path) -> None:
+    port = free_port()
+    job = start_job("--checkpoint", str(tiny_checkpoint), "--port", str(port), "--device", "cpu")
+    job.wait_for_line(f"serving at http://127.0.0.1:{port}/v1")
+    answers: list[Any] = []
+
+    def ask() -> None:
+        try:
+            answers.append(post(port, max_tokens=900))
+        except (urllib.error.URLError, OSError) as error:
+            answers.append(error)
+
+    assert post(port, max_tokens=2)["usage"]["completion_tokens"] <= 2
+    asking = threading.Thread(target=ask)
+    asking.start()
+    asking.join(timeout=0.3)
+    assert asking.is_alive(), "the long answer came before the stop: ask for more tokens"
+    job.process.send_signal(signal.SIGTERM)
+    asking.join(timeout=120)
+    assert isinstance(answers[0], dict), answers
+    assert job.finish() == 0, job.output
+    assert "stopping" in job.output
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # closed connections still hold it for a minute
+        probe.bind(("127.0.0.1", port))
+
+
+@pytest.mark.ray
+def test_a_checkpoint_that_fails_while_loading_is_named(start_job: Any, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """It looks right from outside, so it is found out in the replica; the job must not wait for it for ever."""
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "cut")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    job = start_job("--checkpoint", str(folder), "--port", str(free_port()), "--device", "cpu")
+    assert job.finish() == 1
+    assert f"error: the service did not start: {folder}: " in job.output, job.output
+
+
+def test_a_missing_checkpoint_is_an_error(start_job: Any, tmp_path: Path) -> None:
+    job = start_job("--checkpoint", str(tmp_path / "none"))
+    assert job.finish() == 1
+    assert job.output.startswith(f"error: {tmp_path / 'none'}: no such folder")
+
+
+def test_a_taken_port_is_an_error(start_job: Any, tiny_checkpoint: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        job = start_job("--checkpoint", str(tiny_checkpoint), "--port", str(port))
+        assert job.finish() == 1
+    assert f"error: cannot listen on 127.0.0.1:{port}" in job.output
+
+
+def test_a_typo_in_a_recipe_is_an_error(start_job: Any, tmp_path: Path) -> None:
+    recipe = tmp_path / "serve.yaml"
+    recipe.write_text("checkpoint: x\nmax_batchsize: 4\n")
+    job = start_job("--config", str(recipe))
+    assert job.finish() == 2
+    assert f"{recipe}: unknown field 'max_batchsize'; did you mean 'max_batch_size'?" in job.output
