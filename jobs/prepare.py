@@ -1,7 +1,7 @@
 """Corpora of images and conversations -> shards that training reads.
 
     python jobs/prepare.py --config jobs/recipes/prepare-llava-pretrain.yaml
-    python jobs/prepare.py --config RECIPE --dry_run          # the plan with its counts; nothing is written
+    python jobs/prepare.py --config RECIPE --dry-run          # the plan with its counts; nothing is written
     python jobs/prepare.py verify FOLDER                      # hash every shard again
 
 Killed and run again, it goes on where it was; run on a finished folder, it says so and ends.
@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+
+from botocore.exceptions import BotoCoreError
 
 from pipelines.preparation.settings import PrepareSettings
 from pipelines.preparation.verify import verify
@@ -23,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     try:
         return _verify(arguments[1:]) if arguments[:1] == ["verify"] else _prepare(arguments)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, BotoCoreError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 

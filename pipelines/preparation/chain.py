@@ -6,10 +6,11 @@ Without a tower Ray fuses the steps into one task per chunk, so no sample passes
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from functools import partial, wraps
+from typing import Any, ParamSpec
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +18,7 @@ import pyarrow.compute as pc
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext
-from ray.exceptions import RayTaskError, UserCodeException
+from ray.exceptions import RayTaskError
 
 from flashsloth import FlashSlothProcessor
 from pipelines.encode import PatchEncoder
@@ -27,6 +28,11 @@ from pipelines.preparation.settings import EncoderSettings
 from pipelines.shards.receipts import QuarantinedRow, Receipt, account
 from pipelines.shards.schema import QUARANTINE_SCHEMA, SAMPLE_SCHEMA
 from pipelines.shards.writer import write_shard
+
+_LOUD_LOGGERS = ("exceptions", "_internal.execution.streaming_executor_state", "_internal.progress")
+
+
+Step = ParamSpec("Step")
 
 
 @dataclass(frozen=True)
@@ -69,9 +75,29 @@ def run_chunks(
         for batch in receipts.iter_batches(batch_size=None, batch_format="pyarrow"):
             yield from (Receipt.model_validate_json(text) for text in batch["receipt"].to_pylist())
     except RayTaskError as error:
-        raise _cause(error) from error
+        raise _original(error) from error
 
 
+class _Carrier(Exception):
+    """Brings what a task raised to the driver as it is: Ray Data writes advice for its users into the first text."""
+
+
+def _carried(step: Callable[Step, pa.Table]) -> Callable[Step, pa.Table]:
+    @wraps(step)
+    def run(*args: Step.args, **kwargs: Step.kwargs) -> pa.Table:
+        try:
+            return step(*args, **kwargs)
+        except Exception as error:
+            raise _Carrier(error) from error
+
+    return run
+
+
+def _original(error: RayTaskError) -> BaseException:
+    return error.cause.args[0] if isinstance(error.cause, _Carrier) else error
+
+
+@_carried
 def make_samples(chunks: pa.Table, work: Work) -> pa.Table:
     """Chunks, of which Ray hands in one, -> their samples (columns: WORK_SCHEMA)."""
     tables = []
@@ -87,6 +113,7 @@ class FeatureActor:
     def __init__(self, encoder: EncoderSettings) -> None:
         self.encoder = PatchEncoder(encoder.path, encoder.batch_size)
 
+    @_carried
     def __call__(self, samples: pa.Table) -> pa.Table:
         """Replace the pixels of `samples`; a row whose features are not finite gets the reason `non_finite`."""
         rows = [row for row, has in enumerate(samples["image"].is_valid().to_pylist()) if has]
@@ -107,6 +134,7 @@ class FeatureActor:
         return samples
 
 
+@_carried
 def write_chunk(samples: pa.Table, work: Work) -> pa.Table:
     """The samples of one chunk -> its shard, written, and its receipt as JSON."""
     bad = samples["reason"].is_valid()
@@ -137,11 +165,17 @@ def _maker(work: Work) -> SampleMaker:
 
 
 def _context() -> DataContext:
-    context = DataContext.get_current().copy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of Ray's own old settings, which a copy touches
+        context = DataContext.get_current().copy()
     context.target_max_block_size = None  # a chunk must come out as one block, whatever its images weigh
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    # What a task raises is ours to report, in one line; Ray Data would log it three times and ask for a bug report.
+    context.raise_original_map_exception = True
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    for name in _LOUD_LOGGERS:
+        logging.getLogger(f"ray.data.{name}").setLevel(logging.CRITICAL)
     return context
 
 
@@ -150,14 +184,3 @@ def _actors(encoder: EncoderSettings) -> dict[str, Any]:
     workers = encoder.workers or max(1, int(num_gpus / encoder.num_gpus))
     share = {"num_gpus": encoder.num_gpus} if num_gpus else {"num_cpus": 1}
     return {"compute": ActorPoolStrategy(size=workers), **share}
-
-
-def _cause(error: RayTaskError) -> BaseException:
-    """What the task raised, without Ray's wrappings and their page of traceback."""
-    cause: BaseException = error
-    while isinstance(cause, RayTaskError | UserCodeException):
-        inner = cause.cause if isinstance(cause, RayTaskError) else cause.__cause__
-        if inner is None:
-            return cause
-        cause = inner
-    return cause

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 from typing import Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AliasChoices, Field, field_validator, model_validator
 
 from pipelines.corpora import FORMATS
 from pipelines.settings import JobSettings, Section
@@ -73,7 +73,7 @@ class PrepareSettings(JobSettings):
     """The tower, for payload `features`."""
     max_quarantined_share: float = Field(default=0.1, ge=0, le=1)
     """With a larger share of bad rows nothing is published."""
-    dry_run: bool = False
+    dry_run: bool = Field(default=False, validation_alias=AliasChoices("dry_run", "dry-run"))
     """Print the plan and write nothing."""
 
     @model_validator(mode="after")

@@ -1,0 +1,187 @@
+"""jobs/prepare.py as it is run: exit codes and messages, killed and resumed, from S3 to S3, verified."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from flashsloth import FlashSlothProcessor
+from flashsloth.image_processing_flashsloth import decode_image
+from jobs.prepare import main
+from pipelines import storage
+from pipelines.shards import Manifest, ShardedDataset
+from tests.corpus import bad_rows, encoded, row, write_corpus, write_processor
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def write_recipe(folder: Path, **change: Any) -> str:
+    base = {
+        "sources": [{"path": str(folder / "corpus.jsonl"), "image_root": str(folder)}],
+        "output": str(folder / "out"),
+        "processor": str(folder / "processor"),
+        "chunk_rows": 4,
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(base | change))
+    return str(path)
+
+
+def start(recipe: str, **environment: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "jobs/prepare.py", "--config", recipe]
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), **environment}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=REPOSITORY, env=env, start_new_session=True, **pipes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"payloads": "pixels"}, "recipe.yaml: unknown field 'payloads'; did you mean 'payload'?"),
+        ({"layout": "captions"}, "recipe.yaml: layout: "),
+        ({"sources": [{"path": "a.json", "format": "llama"}]}, "no such corpus format; there are: llava"),
+        ({"sources": [{"path": "a/x.json"}, {"path": "b/x.json"}]}, "two sources have the name 'x'"),
+        ({"sources": [{"path": "x.json", "name": n} for n in "ab"]}, "two sources have the path 'x.json'"),
+        ({"payload": "features"}, "payload 'features' needs an encoder"),
+        ({"sources": []}, "sources: "),
+    ],
+)
+def test_mistake_in_a_recipe_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--config", write_recipe(tmp_path, **change)])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_files_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = write_recipe(tmp_path)
+    assert main(["--config", recipe]) == 1
+    assert capsys.readouterr().err.startswith(f"error: processor: {tmp_path / 'processor'} holds no FlashSloth")
+    write_processor(tmp_path)
+    assert main(["--config", recipe]) == 1
+    assert (
+        capsys.readouterr().err
+        == f"error: source 'corpus': {tmp_path / 'corpus.jsonl'} cannot be read (FileNotFoundError)\n"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_session")
+def test_run_reports_and_verify_finds_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "images").mkdir()
+    write_corpus(tmp_path, [*(row(number) for number in range(11)), bad_rows(tmp_path)["image_truncated"]])
+    write_processor(tmp_path)
+    recipe = write_recipe(tmp_path)
+    assert main(["--config", recipe, "--dry-run"]) == 0
+    assert capsys.readouterr().out.endswith("dry run: nothing is written\n")
+    assert main(["--config", recipe]) == 0
+    out = capsys.readouterr().out
+    assert "12 rows planned, 11 written in 3 shards, 1 quarantined\n  image_truncated: 1\n" in out
+    assert yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["chunk_rows"] == 4
+    assert main(["verify", str(tmp_path / "out")]) == 0
+    assert "every shard is as it was written" in capsys.readouterr().out
+
+    [first, second, _] = Manifest.load(str(tmp_path / "out")).shards
+    (tmp_path / "out" / first.name).unlink()
+    (tmp_path / "out" / second.name).write_bytes(b"x" * second.bytes)
+    assert main(["verify", str(tmp_path / "out")]) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2
+    assert first.name in errors[0] and "found no such file" in errors[0]
+    assert second.name in errors[1] and f"expected sha256 {second.sha256}, found" in errors[1]
+
+
+def test_verify_of_no_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(tmp_path)]) == 1
+    assert "no manifest.json here" in capsys.readouterr().err
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_session")
+def test_killed_driver_resumes_to_the_same_manifest(tmp_path: Path) -> None:
+    write_corpus(tmp_path, 200)
+    write_processor(tmp_path)
+    recipe = write_recipe(tmp_path, chunk_rows=1)
+    receipts = tmp_path / "out" / "receipts"
+    driver = start(recipe)
+    try:
+        deadline = time.monotonic() + 120
+        while not storage.list_names(str(receipts)):
+            assert driver.poll() is None, driver.communicate()[0]
+            assert time.monotonic() < deadline, "no receipt within two minutes"
+            time.sleep(0.005)
+        driver.kill()
+        driver.wait()
+    finally:
+        _kill_session(driver)
+    done = [name for name in storage.list_names(str(receipts)) if name.endswith(".json")]
+    assert 0 < len(done) < 200
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    kept = {name: (receipts / name).stat().st_mtime_ns for name in done}
+
+    assert main(["--config", recipe]) == 0
+    assert {name: (receipts / name).stat().st_mtime_ns for name in done} == kept  # their rows were not done again
+    resumed = Manifest.load(str(tmp_path / "out"))
+    assert main(["--config", recipe, "--output", str(tmp_path / "other")]) == 0
+    assert resumed == Manifest.load(str(tmp_path / "other"))
+    dataset = ShardedDataset(str(tmp_path / "out"))
+    assert [dataset.read(index)["key"] for index in range(200)] == [f"corpus:{number}" for number in range(200)]
+
+
+@pytest.mark.ray
+@pytest.mark.s3
+def test_from_s3_to_s3(tmp_path: Path, s3_uri: str) -> None:
+    (tmp_path / "images").mkdir()
+    path = write_corpus(tmp_path, [*(row(number) for number in range(11)), bad_rows(tmp_path)["image_missing"]])
+    for file in (path, *(tmp_path / "images").iterdir()):
+        storage.write_bytes(storage.join(s3_uri, "corpus", str(file.relative_to(tmp_path))), file.read_bytes())
+    write_processor(tmp_path)
+    corpus, output = storage.join(s3_uri, "corpus"), storage.join(s3_uri, "prepared")
+    source = {"path": storage.join(corpus, "corpus.jsonl"), "image_root": corpus}
+    driver = start(write_recipe(tmp_path, sources=[source], output=output))
+    try:
+        out, _ = driver.communicate(timeout=180)
+    finally:
+        _kill_session(driver)
+    assert driver.returncode == 0, out
+    assert "12 rows planned, 11 written in 3 shards, 1 quarantined\n  image_missing: 1\n" in out
+    dataset = ShardedDataset(output, cache_dir=str(tmp_path / "cache"))
+    processor = FlashSlothProcessor.from_pretrained(tmp_path / "processor")
+    for number in range(11):
+        read = dataset.read(number)
+        assert read["key"] == f"corpus:{number}"
+        if number % 4 != 3:
+            pixels = processor.image_processor.to_uint8(decode_image(encoded(number)))
+            np.testing.assert_array_equal(read["pixel_values"], pixels)
+    assert storage.list_names(output) == [
+        "config.yaml",
+        "manifest.json",
+        "plan.json",
+        "quarantine.parquet",
+        "receipts",
+        "shards",
+    ]
+
+
+def _kill_session(process: subprocess.Popen[str]) -> None:
+    """Whatever `process` started and left: it was the leader of a session of its own."""
+    if process.stdout:
+        process.stdout.close()
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    process.wait()
