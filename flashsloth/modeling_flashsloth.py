@@ -14,16 +14,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationMixin, PhiModel, PreTrainedModel, SiglipVisionConfig, SiglipVisionModel
+from transformers import GenerationMixin, PreTrainedModel, SiglipVisionConfig, SiglipVisionModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.models.phi.modeling_phi import PhiConfig, PhiDecoderLayer
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_flashsloth import FlashSlothConfig
-from .embedded_query import EmbeddedQuery, QueryPlan
+from .embedded_query import QueryPlan
+from .language_model import FlashSlothTextModel
+from .placeholders import check_images, count_turns, plan_queries
 from .pooling import SpatialAttentionPooling
 
 # The parts that recipes train, freeze or give a learning rate of their own, and what marks the names of their
@@ -87,38 +88,6 @@ class FlashSlothProjector(nn.Module):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """float[N, R, V] to float[N, R, D]."""
         return self.linear_2(self.act(self.linear_1(tokens)))
-
-
-class FlashSlothQueryLayer(PhiDecoderLayer):
-    """A Phi layer that lets the query tokens look at the image first."""
-
-    def __init__(self, config: FlashSlothConfig, layer_idx: int):
-        super().__init__(config.text_config, layer_idx)
-        self.embedded_query = EmbeddedQuery(config)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        *args: Any,
-        query_plan: QueryPlan | None = None,
-        patches: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """A Phi layer's forward; with a plan and `patches` float[N, T * P, V], EmbQ updates its input first."""
-        if query_plan is not None and patches is not None:
-            hidden_states = self.embedded_query(hidden_states, patches, query_plan)
-        return super().forward(hidden_states, *args, **kwargs)
-
-
-class FlashSlothTextModel(PhiModel):
-    """Phi with one layer exchanged: PhiModel hands unknown keyword arguments to its layers, so nothing is copied."""
-
-    _no_split_modules = ["PhiDecoderLayer", "FlashSlothQueryLayer"]  # noqa: RUF012
-
-    def __init__(self, config: PhiConfig, flashsloth: FlashSlothConfig):
-        super().__init__(config)
-        self.layers[flashsloth.query_layer] = FlashSlothQueryLayer(flashsloth, flashsloth.query_layer)
-        self.post_init()
 
 
 class FlashSlothPreTrainedModel(PreTrainedModel):
@@ -230,63 +199,19 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
         embeds = embed(input_ids)
         visual = None if image is None or absent else image.pooler_output
         image_mask = input_ids == self.config.image_token_id
-        self._check_placeholders(image_mask, visual)
+        check_images(image_mask, visual, self.config.num_image_tokens)
         if visual is not None:
             embeds = embeds.masked_scatter(image_mask[..., None], visual.to(embeds.dtype))
         elif image is not None:
             embeds = embeds + 0.0 * image.pooler_output.to(embeds.dtype).mean()
 
         query_mask = input_ids == self.config.query_token_id
-        turns, rest = divmod(int(query_mask.sum()), self.config.num_query_tokens)
-        if rest:
-            raise ValueError(
-                f"{int(query_mask.sum())} query tokens are no whole number of turns of {self.config.num_query_tokens}"
-            )
+        turns = count_turns(query_mask, self.config.num_query_tokens)
         bias = embed(torch.full((1,), self.config.query_bias_token_id, device=input_ids.device))
         queries = (self.query_tokens.to(embeds.dtype) + bias).repeat(max(turns, 1), 1)
         if turns:
             return embeds.masked_scatter(query_mask[..., None], queries)
         return embeds + 0.0 * queries.mean() if self.training else embeds
-
-    def _check_placeholders(self, image_mask: torch.Tensor, visual: torch.Tensor | None) -> None:
-        per_image = self.config.num_image_tokens
-        placeholders, features = int(image_mask.sum()), 0 if visual is None else visual.shape[0] * visual.shape[1]
-        if placeholders != features:
-            raise ValueError(
-                f"{placeholders} image placeholders stand in input_ids, the images give {features} visual tokens "
-                f"({per_image} each): give one image for every {per_image} placeholders"
-            )
-        uneven = (image_mask.sum(1) % per_image).nonzero()
-        if len(uneven):
-            row = int(uneven[0])
-            raise ValueError(
-                f"row {row} has {int(image_mask[row].sum())} image placeholders, no multiple of {per_image} an image"
-            )
-
-    def _plan_queries(self, input_ids: torch.Tensor, question_ids: torch.Tensor | None) -> QueryPlan:
-        if question_ids is None:
-            raise ValueError("question_ids is missing: images were given, and EmbQ reads each turn's question")
-        if question_ids.shape != input_ids.shape:
-            raise ValueError(
-                f"question_ids has shape {tuple(question_ids.shape)}, input_ids {tuple(input_ids.shape)}: they go "
-                "together position by position (chunked prefill is not possible, a question may not be cut)"
-            )
-        query_mask = input_ids == self.config.query_token_id
-        turns = question_ids[query_mask].view(-1, self.config.num_query_tokens)
-        rows = query_mask.nonzero()[:, 0].view_as(turns)
-        whole = ((turns == turns[:, :1]) & (rows == rows[:, :1]) & (turns > 0)).all(dim=1)
-        whole[1:] &= (turns[1:, 0] != turns[:-1, 0]) | (rows[1:, 0] != rows[:-1, 0])
-        if not bool(whole.all()):
-            at = int((~whole).nonzero()[0])
-            row, turn = int(rows[at, 0]), int(turns[at, 0])
-            count = int((query_mask[row] & (question_ids[row] == turn)).sum())
-            raise ValueError(
-                f"row {row}, turn {turn}: {count} query tokens carry this turn in question_ids, "
-                f"the model takes {self.config.num_query_tokens} a turn"
-            )
-        return QueryPlan.build(
-            question_ids, query_mask, input_ids == self.config.image_token_id, self.config.num_image_tokens
-        )
 
     @can_return_tuple
     def forward(
@@ -312,7 +237,7 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
             if absent:
                 plan = QueryPlan.idle(input_ids.shape[1], self.config.num_query_tokens, input_ids.device)
             elif image is not None:
-                plan = self._plan_queries(input_ids, question_ids)
+                plan = plan_queries(input_ids, question_ids, self.config)
         elif image is not None:
             raise ValueError("images come with input_ids, whose placeholders say where they stand; got inputs_embeds")
         outputs = self.language_model(
