@@ -15,6 +15,7 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow.fs
 import ray.train
 import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 MANIFEST_NAME = "checkpoint.json"
 _TAG = "state"
+_PREFIX = "step-"
 
 
 class CheckpointError(ValueError):
@@ -103,7 +105,7 @@ def save_checkpoint(
         metrics,
         checkpoint=Checkpoint.from_directory(folder),
         # Of this attempt alone: a killed attempt may have left half of an upload under its name (ray#41700).
-        checkpoint_dir_name=f"step-{progress.step:08d}-{_shared_word()}",
+        checkpoint_dir_name=f"{_PREFIX}{progress.step:08d}-{_shared_word()}",
         checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
         delete_local_checkpoint_after_upload=True,
     )
@@ -116,19 +118,21 @@ def restore(engine: DeepSpeedEngine, identity: RunIdentity) -> Progress:
         CheckpointError: There are checkpoints, but none verifies; or the newest good one belongs to other settings.
     """
     problems: list[str] = []
-    for reported in reversed(ray.train.get_all_reported_checkpoints()):
-        with reported.checkpoint.as_directory() as directory:
+    for checkpoint in _stored_checkpoints():
+        with checkpoint.as_directory() as directory:
             folder = Path(directory)
             problem = _agreed_problem(folder)
             if problem:
-                problems.append(f"{Path(reported.checkpoint.path).name}: {problem}")
+                problems.append(f"{Path(checkpoint.path).name}: {problem}")
                 _say(f"checkpoint {problems[-1]}; falling back to the one before")
                 continue
             manifest = _read_manifest(folder)
-            _require_same_run(manifest, identity, reported.checkpoint.path)
+            _require_same_run(manifest, identity, checkpoint.path)
             _load(engine, folder, manifest)
-            _say(f"resuming from {reported.checkpoint.path} (step {manifest.step}, every file verified)")
-            return Progress(step=manifest.step, position=manifest.position)
+            _say(f"resuming from {checkpoint.path} (step {manifest.step}, every file verified)")
+            dist.barrier()
+        _remove_remains(checkpoint)
+        return Progress(step=manifest.step, position=manifest.position)
     if problems:
         raise CheckpointError(
             "no checkpoint of this run verifies, and starting over would throw its steps away: "
@@ -145,7 +149,7 @@ def refuse_changed_run(run_uri: str, identity: RunIdentity) -> None:
     Raises:
         CheckpointError: It was written with settings that a continued run may not change.
     """
-    for name in reversed([name for name in storage.list_names(run_uri) if name.startswith("step-")]):
+    for name in reversed([name for name in storage.list_names(run_uri) if name.startswith(_PREFIX)]):
         where = storage.join(run_uri, name)
         try:
             manifest = CheckpointManifest.model_validate_json(storage.read_bytes(storage.join(where, MANIFEST_NAME)))
@@ -173,6 +177,31 @@ def verify(folder: Path, part: int = 0, num_parts: int = 1) -> str | None:
         if found != entry.sha256:
             return f"{entry.name} has sha256 {found[:12]}..., {entry.sha256[:12]}... was written"
     return None
+
+
+def _stored_checkpoints() -> list[Checkpoint]:
+    """The checkpoints in the run's folder, the newest first, complete or not.
+
+    The folder is listed, not Ray's record of reports: a checkpoint that was complete when its workers died before the
+    report is as good as any, and losing that record must not mean step 0.
+    """
+    run = ray.train.get_context().get_storage()
+    paths: list[Any] = [None]
+    if dist.get_rank() == 0:
+        found = run.storage_filesystem.get_file_info(pyarrow.fs.FileSelector(run.experiment_fs_path))
+        paths = [sorted((info.path for info in found if info.base_name.startswith(_PREFIX)), reverse=True)]
+    dist.broadcast_object_list(paths, src=0)  # ranks on other machines must try the same ones
+    return [Checkpoint(path, run.storage_filesystem) for path in paths[0]]
+
+
+def _remove_remains(loaded: Checkpoint) -> None:
+    """Delete what killed attempts left: Ray Train deletes old checkpoints, but only those that were reported to it."""
+    keep = {Path(item.checkpoint.path).name for item in ray.train.get_all_reported_checkpoints()}
+    stored = _stored_checkpoints()
+    if dist.get_rank() == 0 and keep:
+        for checkpoint in stored:
+            if Path(checkpoint.path).name not in keep | {Path(loaded.path).name}:
+                checkpoint.filesystem.delete_dir(checkpoint.path)
 
 
 def _load(engine: DeepSpeedEngine, folder: Path, manifest: CheckpointManifest) -> None:

@@ -12,13 +12,13 @@ import tempfile
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedModel
 
-from flashsloth import FlashSlothProcessor
+from flashsloth import FlashSlothConfig, FlashSlothForConditionalGeneration, FlashSlothProcessor
 from pipelines import storage
 
 MANIFEST_NAME = "export.json"
@@ -92,6 +92,28 @@ def fetch_export(uri: str) -> Path:
     if not folder.exists():
         _download(uri, manifest, folder)
     return folder
+
+
+def load_export(
+    uri: str, dtype: torch.dtype, tiling: Literal["base", "hd"] | None = None
+) -> FlashSlothForConditionalGeneration:
+    """The model of a checkpoint, looking at images through `tiling` where given, else as it was trained.
+
+    Raises:
+        ExportError: The folder is no checkpoint, lacks weights or has unknown ones; transformers itself would start
+            missing ones from random numbers and only warn.
+    """
+    folder = fetch_export(uri)
+    config = FlashSlothConfig.from_pretrained(folder)
+    config.tiling = tiling or config.tiling
+    model, loading = FlashSlothForConditionalGeneration.from_pretrained(
+        folder, config=config, dtype=dtype, output_loading_info=True
+    )
+    wrong = {kind: sorted(loading[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    if any(wrong.values()):
+        listed = "; ".join(f"{kind}: {', '.join(map(str, keys))}" for kind, keys in wrong.items() if keys)
+        raise ExportError(f"{uri}: its weights do not fit its configuration: {listed}")
+    return model
 
 
 def read_export_step(uri: str) -> int | None:

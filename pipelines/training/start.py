@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer
@@ -16,7 +16,7 @@ from flashsloth import (
 from flashsloth.backbones import build_from_backbones
 from flashsloth.configuration_flashsloth import TILES
 from pipelines.shards.manifest import Manifest
-from pipelines.training.export import fetch_export
+from pipelines.training.export import fetch_export, load_export
 from pipelines.training.process import seed_start
 from pipelines.training.settings import ModelSettings, TrainSettings
 
@@ -54,12 +54,13 @@ def build_model(
     here a missing or unknown weight is always an error.
 
     Raises:
-        StartError: A checkpoint lacks weights or has unknown ones.
+        ExportError: A checkpoint lacks weights or has unknown ones.
+        BackboneError: A backbone does.
     """
     seed_start(seed)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     if model.checkpoint:
-        built = _from_checkpoint(model.checkpoint, model.tiling, dtype)
+        built = load_export(model.checkpoint, dtype, model.tiling)
     elif model.backbones:
         built = build_from_backbones(model.backbones.language, model.backbones.vision, processor, dtype=dtype)
     else:
@@ -88,22 +89,6 @@ def check_start(settings: TrainSettings, manifests: dict[str, Manifest], process
                 f"{processor.image_processor.tiling}, {processor.num_image_tokens} tokens an image): prepare the data "
                 "with the processor of this model"
             )
-
-
-def _from_checkpoint(
-    checkpoint: str, tiling: Literal["base", "hd"] | None, dtype: torch.dtype
-) -> FlashSlothForConditionalGeneration:
-    folder = fetch_export(checkpoint)
-    config = FlashSlothConfig.from_pretrained(folder)
-    config.tiling = tiling or config.tiling
-    built, loading = FlashSlothForConditionalGeneration.from_pretrained(
-        folder, config=config, dtype=dtype, output_loading_info=True
-    )
-    wrong = {kind: sorted(loading[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
-    if any(wrong.values()):
-        listed = "; ".join(f"{kind}: {', '.join(map(str, keys))}" for kind, keys in wrong.items() if keys)
-        raise StartError(f"{checkpoint}: its weights do not fit its configuration: {listed}")
-    return built
 
 
 def _preset(model: ModelSettings, processor: FlashSlothProcessor) -> FlashSlothConfig:
