@@ -26,6 +26,7 @@ from pipelines.preparation.plan import (
     load_plan,
     source_terms,
 )
+from pipelines.preparation.processor import load_processor
 from pipelines.preparation.progress import Progress
 from pipelines.preparation.samples import SourceFiles
 from pipelines.preparation.settings import PrepareSettings
@@ -36,7 +37,7 @@ from pipelines.shards.manifest import MANIFEST_NAME, Manifest, Payload
 CONFIG_NAME = "config.yaml"
 # A worker holds a chunk a few times over (samples, shard, its bytes); Ray advises blocks of 128 MB at most.
 _BYTES_PER_CHUNK = 100 * 2**20
-_ROWS_PER_CHUNK = 1000
+_ROWS_PER_CHUNK = 500  # of encoded images: about 75 MB
 
 
 def prepare(settings: PrepareSettings) -> Manifest | None:
@@ -50,7 +51,7 @@ def prepare(settings: PrepareSettings) -> Manifest | None:
             and what helps. Nothing is published then.
     """
     output = storage.resolve(settings.output)
-    processor = load_processor(settings.processor)
+    processor = load_processor(settings)
     terms = make_terms(settings, processor)
     plan = load_plan(output)
     if plan is not None:
@@ -69,19 +70,6 @@ def prepare(settings: PrepareSettings) -> Manifest | None:
     storage.write_bytes(storage.join(output, CONFIG_NAME), dump_settings(settings).encode())
     _run(ledger, files, processor, settings)
     return ledger.publish()
-
-
-def load_processor(path: str) -> FlashSlothProcessor:
-    """The processor saved in the folder `path`.
-
-    Raises:
-        PlanError: there is none.
-    """
-    try:
-        return FlashSlothProcessor.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise PlanError(f"processor: {path} holds no FlashSlothProcessor to load: {reason}") from error
 
 
 def make_terms(settings: PrepareSettings, processor: FlashSlothProcessor) -> Terms:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import PurePosixPath
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import AliasChoices, Field, field_validator, model_validator
 
@@ -59,8 +59,12 @@ class PrepareSettings(JobSettings):
     """The corpora, in the order of the dataset."""
     output: str
     """Folder or URI to write the dataset into."""
-    processor: str
-    """Folder with a saved FlashSlothProcessor: a processor alone or a whole checkpoint."""
+    processor: str | None = None
+    """Folder with a saved FlashSlothProcessor: a processor alone or a whole checkpoint. This, or `tokenizer`."""
+    tokenizer: str | None = None
+    """Phi-2's tokenizer, a folder or microsoft/phi-2: makes the processor of the published model."""
+    tiling: Literal["base", "hd"] | None = None
+    """With `tokenizer`: one tile of an image (base, the default) or five (hd). A saved processor has its own."""
     layout: Layout = "chat"
     """chat: instruction tuning; caption: alignment, where the question is thrown away."""
     payload: Payload = "pixels"
@@ -83,6 +87,10 @@ class PrepareSettings(JobSettings):
             twice = next((value for value in values if values.count(value) > 1), None)
             if twice is not None:
                 raise ValueError(f"two sources have the {field} {twice!r}; rows are keyed by it, so list each once")
+        if (self.processor is None) == (self.tokenizer is None):
+            raise ValueError("give exactly one of processor and tokenizer")
+        if self.tiling and not self.tokenizer:
+            raise ValueError("tiling goes with tokenizer; a saved processor has its own")
         if (self.payload == "features") != (self.encoder is not None):
             raise ValueError(
                 f"payload is {self.payload!r} and encoder is {'set' if self.encoder else 'missing'}: "

@@ -18,6 +18,8 @@ from flashsloth import FlashSlothProcessor
 from flashsloth.image_processing_flashsloth import decode_image
 from jobs.prepare import main
 from pipelines import storage
+from pipelines.preparation.settings import PrepareSettings
+from pipelines.settings import load_settings
 from pipelines.shards import Manifest, ShardedDataset
 from tests.corpus import bad_rows, encoded, row, write_corpus, write_processor
 
@@ -53,6 +55,8 @@ def start(recipe: str, **environment: str) -> subprocess.Popen[str]:
         ({"sources": [{"path": "x.json", "name": n} for n in "ab"]}, "two sources have the path 'x.json'"),
         ({"payload": "features"}, "payload 'features' needs an encoder"),
         ({"sources": []}, "sources: "),
+        ({"processor": None}, "exactly one of processor and tokenizer"),
+        ({"tiling": "hd"}, "tiling goes with tokenizer"),
     ],
 )
 def test_mistake_in_a_recipe_is_named(
@@ -63,6 +67,20 @@ def test_mistake_in_a_recipe_is_named(
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "layout", "payload", "tiling"),
+    [
+        (["prepare-llava-pretrain"], "caption", "pixels", None),
+        (["prepare-llava-instruct"], "chat", "pixels", None),
+        (["prepare-llava-instruct", "prepare-llava-instruct-hd"], "chat", "original", "hd"),
+    ],
+)
+def test_recipes_of_the_repository_are_valid(names: list[str], layout: str, payload: str, tiling: str | None) -> None:
+    flags = [flag for name in names for flag in ("--config", str(REPOSITORY / "jobs" / "recipes" / f"{name}.yaml"))]
+    settings = load_settings(PrepareSettings, flags)
+    assert (settings.layout, settings.payload, settings.tiling) == (layout, payload, tiling)
 
 
 def test_missing_files_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,34 @@
+"""The processor of a preparation: saved, or the published model's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipelines.preparation.plan import PlanError
+from pipelines.preparation.processor import load_processor
+from pipelines.preparation.settings import PrepareSettings
+from tests.fixtures.tiny import build_processor, train_tokenizer
+
+BASE = {"sources": [{"path": "corpus.json"}], "output": "out"}
+
+
+def test_saved_processor_is_the_same(tmp_path: Path) -> None:
+    saved = build_processor("hd")
+    saved.save_pretrained(tmp_path)
+    assert load_processor(PrepareSettings(**BASE, processor=str(tmp_path))).identity() == saved.identity()
+
+
+@pytest.mark.parametrize(("tiling", "num_tokens"), [(None, 81), ("base", 81), ("hd", 405)])
+def test_published_processor_around_a_tokenizer(tmp_path: Path, tiling: str | None, num_tokens: int) -> None:
+    train_tokenizer().save_pretrained(tmp_path)
+    processor = load_processor(PrepareSettings(**BASE, tokenizer=str(tmp_path), tiling=tiling))
+    assert processor.num_image_tokens == num_tokens
+    assert (processor.image_processor.tiling, processor.image_processor.size) == (tiling or "base", 384)
+
+
+@pytest.mark.parametrize("field", ["processor", "tokenizer"])
+def test_folder_without_one_is_named(tmp_path: Path, field: str) -> None:
+    with pytest.raises(PlanError, match=f"^{field}: {tmp_path}"):
+        load_processor(PrepareSettings(**BASE, **{field: str(tmp_path)}))
