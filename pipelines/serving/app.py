@@ -6,8 +6,7 @@ Everything that can be wrong with a request is found in the ingress, before batc
 together, and one bad image must not take seven good requests with it.
 """
 
-from __future__ import annotations
-
+# No "from __future__ import annotations" here: Serve reads build_app's annotation to validate the `args:` of a file.
 import asyncio
 import logging
 from pathlib import PurePosixPath

@@ -17,7 +17,10 @@ import numpy as np
 import openai
 import pytest
 from PIL import Image
+from pydantic import ValidationError
 from ray import serve
+from ray.serve import Application
+from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve.config import HTTPOptions
 from ray.serve.schema import LoggingConfig
 
@@ -26,8 +29,6 @@ from pipelines.serving.checkpoint import CheckpointError
 from pipelines.serving.engine import Encoder, Engine
 from pipelines.serving.sampling import Sampling
 from pipelines.serving.settings import Limits, ServeArgs
-
-pytestmark = pytest.mark.ray
 
 QUIET = LoggingConfig(log_level="ERROR", enable_access_log=False)
 
@@ -83,6 +84,7 @@ def expected_answer(engine: Engine, seed: int, max_tokens: int) -> str:
     return engine.generate([prompt])[0].text
 
 
+@pytest.mark.ray
 def test_the_openai_client_gets_the_engines_answer(client: openai.OpenAI, engine: Engine) -> None:
     answer = client.chat.completions.create(model="tiny", messages=question(data_uri(0)), max_tokens=8)
     assert answer.choices[0].message.content == expected_answer(engine, 0, 8)
@@ -90,6 +92,7 @@ def test_the_openai_client_gets_the_engines_answer(client: openai.OpenAI, engine
     assert [model.id for model in client.models.list()] == ["tiny"]
 
 
+@pytest.mark.ray
 def test_one_bad_image_among_eight_requests_fails_alone(client: openai.OpenAI, engine: Engine) -> None:
     """All at once, in one batch: 422 for the bad one, and for the others what each gets by itself."""
     cut_off = data_uri(3)[:200]
@@ -108,6 +111,7 @@ def test_one_bad_image_among_eight_requests_fails_alone(client: openai.OpenAI, e
     assert answers == [422 if place == 3 else expected_answer(engine, place, 8) for place in range(8)]
 
 
+@pytest.mark.ray
 def test_the_async_client(address: str, engine: Engine) -> None:
     async def ask_all() -> list[str]:
         async with openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
@@ -120,6 +124,7 @@ def test_the_async_client(address: str, engine: Engine) -> None:
     assert asyncio.run(ask_all()) == [expected_answer(engine, seed, 5) for seed in range(4)]
 
 
+@pytest.mark.ray
 def test_requests_keep_their_id(address: str, client: openai.OpenAI) -> None:
     request = urllib.request.Request(f"{address}/health", headers={"x-request-id": "mine-7"})
     with urllib.request.urlopen(request, timeout=30) as response:
@@ -131,6 +136,7 @@ def test_requests_keep_their_id(address: str, client: openai.OpenAI) -> None:
     assert caught.value.code == "model_not_found"
 
 
+@pytest.mark.ray
 def test_a_flood_is_turned_away_and_the_rest_is_answered(address: str) -> None:
     client = openai.OpenAI(base_url=f"{address}/narrow/v1", api_key="none", max_retries=0, timeout=60)
 
@@ -151,3 +157,12 @@ def test_a_flood_is_turned_away_and_the_rest_is_answered(address: str) -> None:
 def test_a_wrong_folder_is_refused_before_anything_starts() -> None:
     with pytest.raises(CheckpointError, match="/nowhere: no such folder"):
         build_app(ServeArgs(checkpoint="/nowhere"))
+
+
+def test_the_args_of_a_serve_file_are_validated(tiny_checkpoint: Path) -> None:
+    """As Serve does it for `import_path` and `args:`: by the annotation of the builder."""
+    build = call_user_app_builder_with_args_if_necessary
+    application = build(build_app, {"checkpoint": str(tiny_checkpoint), "max_batch_size": 4})
+    assert isinstance(application, Application)
+    with pytest.raises(ValidationError, match="max_batchsize"):
+        build(build_app, {"checkpoint": str(tiny_checkpoint), "max_batchsize": 4})
