@@ -152,15 +152,17 @@ def started(argv: Sequence[str]) -> Iterator[subprocess.Popen]:
 
 def stop_group(process: subprocess.Popen, patience_s: float = PATIENCE_S) -> None:
     """End a process that leads its group: ask it to interrupt itself, then to terminate, then kill the whole group."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        # The leader alone: a job takes its own children down, in the order that suits them.
-        process.send_signal(number)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(patience_s)
-    # What outlived its leader has no one to answer to.
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            # The leader alone: a job takes its own children down, in the order that suits them.
+            process.send_signal(number)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(patience_s)
+    finally:
+        # What outlived its leader has no one to answer to; and a second Ctrl-C means that all of it goes now.
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 @contextmanager

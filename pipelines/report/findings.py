@@ -38,7 +38,7 @@ def judge(score: TypeScore) -> Finding:
     error = margin(score.accuracy, score.num_questions)
     figures = f"{score.accuracy:.0%} right, against {baseline:.0%} {name}"
     if score.accuracy - error <= baseline:
-        verdict, sentence = "not learned", f"{figures}: no more than chance can explain (± {100 * error:.0f} points)."
+        verdict, sentence = "not learned", f"{figures}: no better, within its margin of ± {100 * error:.0f} points."
     elif gained >= LEARNED:
         verdict, sentence = "learned", f"{figures}."
     elif gained >= PARTLY:

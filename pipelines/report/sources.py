@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+from pipelines.evaluation import read_answers
 from pipelines.report.contents import Picture, Reply, Stage
 from pipelines.shards.manifest import Manifest
 from pipelines.training.metrics import read_metrics
@@ -46,6 +47,12 @@ def environment_facts() -> dict[str, str]:
     }
     commit = _commit()
     return facts | {"commit": commit} if commit else facts
+
+
+def replies_of(evaluation: Path) -> list[tuple[str, Reply]]:
+    """What an evaluation wrote, each answer with the id of its row, in the order of the questions."""
+    answers = read_answers(str(evaluation))
+    return [(a.id, Reply(a.question, a.answer, a.truth, a.correct, a.type)) for a in answers]
 
 
 def pictures_of(replies: Sequence[tuple[str, Reply]], images: Path) -> list[Picture]:

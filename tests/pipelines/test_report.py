@@ -12,12 +12,13 @@ import torch
 from PIL import Image
 
 from flashsloth import FlashSlothProcessor
+from pipelines.evaluation import AnsweredQuestion, write_evaluation
 from pipelines.report.contents import Goal, Picture, Reply, Report, Stage, Step, TypeScore, score_replies
 from pipelines.report.curves import loss_curve, running_mean
 from pipelines.report.findings import describe_stage, judge, margin
 from pipelines.report.interview import free_port, wait_until_healthy
 from pipelines.report.page import duration, render, write_report
-from pipelines.report.sources import data_facts, environment_facts, pictures_of, stage_of
+from pipelines.report.sources import data_facts, environment_facts, pictures_of, replies_of, stage_of
 from pipelines.shards.manifest import Manifest
 from tests.prepared import coloured_rows, write_prepared
 
@@ -218,6 +219,11 @@ def test_sources_read_what_the_jobs_left(tmp_path: Path, processor: FlashSlothPr
     (tmp_path / "metrics.jsonl").write_text('{"step": 10, "loss": 2.5}\n{"step": 20, "loss": 1.5}\n')
     stage = stage_of("Alignment", tmp_path, "Captions.")
     assert (list(stage.steps), list(stage.losses)) == ([10, 20], [2.5, 1.5])
+    answer = AnsweredQuestion("k", "heldout-00000", 0, "Where?", "position", "top\u2028", "top left", correct=False)
+    write_evaluation(str(tmp_path / "evaluation"), [answer], {})
+    assert replies_of(tmp_path / "evaluation") == [
+        ("heldout-00000", Reply("Where?", "top\u2028", "top left", False, "position"))
+    ]
     assert environment_facts()["torch"] == torch.__version__
 
 

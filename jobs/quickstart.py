@@ -1,0 +1,271 @@
+"""The whole road on one machine: a corpus in, answers over HTTP out, and a report. `make quickstart` runs this.
+
+    python jobs/quickstart.py                                  # about ten minutes on two CPU cores
+    python jobs/quickstart.py --scenes 200 --align.max_steps 4 --instruct.max_steps 4    # does every step work?
+
+It runs the jobs as anyone would, with recipes and flags, and prints each command. Run again, it skips what is finished
+and continues what was cut off; a change of the code, a recipe or a setting starts the steps that it touches anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from openai import OpenAI, OpenAIError
+from pydantic import NonNegativeInt, PositiveInt
+
+from flashsloth import FlashSlothImageProcessor, FlashSlothProcessor
+from pipelines.report.contents import Goal, Picture, Report, Step, TypeScore, score_replies
+from pipelines.report.interview import converse, free_port, wait_until_healthy
+from pipelines.report.page import duration, write_report
+from pipelines.report.sources import data_facts, environment_facts, pictures_of, replies_of, stage_of
+from pipelines.scenes.corpus import DrawnCorpus, corpus_texts, draw_corpus
+from pipelines.scenes.tokenizer import train_tokenizer
+from pipelines.settings import JobSettings, Section, dump_settings, load_settings
+from pipelines.steps import (
+    StepFailed,
+    Steps,
+    readable,
+    sources_identity,
+    started,
+    terminate_as_interrupt,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+IMAGE_SIZE, IMAGE_TOKENS = 126, 9  # of the tiny preset
+SERVER_PATIENCE_S = 180.0
+NUM_FAILURES = 6
+
+
+class StageSettings(Section):
+    """What the quickstart changes in a training recipe."""
+
+    max_steps: PositiveInt | None = None
+    """Optimizer steps; by default as the recipe says."""
+
+
+class QuickstartSettings(JobSettings):
+    """Draw a corpus, prepare, align, tune, evaluate, serve and report, on this machine."""
+
+    out: str = "outputs/quickstart"
+    """Folder for everything that the run writes."""
+    scenes: PositiveInt = 6000
+    """Pictures to train on."""
+    heldout_scenes: PositiveInt = 400
+    """Pictures to be judged by; no training picture shows one of their scenes."""
+    vocab_size: PositiveInt = 512
+    """Entries of the tokenizer."""
+    seed: NonNegativeInt = 0
+    """Of the corpus."""
+    align: StageSettings = StageSettings()
+    """The first stage: captions."""
+    instruct: StageSettings = StageSettings()
+    """The second stage: questions."""
+    wanted_accuracy: float = 80.0
+    """Percent of held-out answers that must be right; otherwise the exit status is 1."""
+    wanted_gain: float = 25.0
+    """Points that the pictures must bring over blank ones; otherwise the exit status is 1."""
+    pictures_asked: PositiveInt = 3
+    """Held-out pictures that the running server is asked about."""
+    gallery: PositiveInt = 9
+    """Held-out pictures in the report."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run all steps; the exit status says whether the goals are met."""
+    settings = load_settings(QuickstartSettings, argv, prog="quickstart.py")
+    try:
+        with terminate_as_interrupt():
+            return Quickstart(settings).run()
+    except KeyboardInterrupt:
+        print("\nstopped; run the same command again to go on from here", file=sys.stderr)
+        return 130
+    except (StepFailed, ValueError, OSError, OpenAIError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+class Quickstart:
+    """The steps, in the order of `run`."""
+
+    def __init__(self, settings: QuickstartSettings) -> None:
+        self.settings = settings
+        self.out = Path(settings.out)
+        packages = [ROOT / "flashsloth", ROOT / "pipelines", ROOT / "jobs"]
+        # What only shows figures does not change them.
+        code = sources_identity(packages, without=[ROOT / "pipelines" / "report", ROOT / "jobs" / "quickstart.py"])
+        self.steps = Steps(self.out / "steps", identity=code)
+        self.processor = self.out / "processor"
+        self.runs = self.out / "runs"
+        self.checkpoint = self.runs / "instruct" / "export"
+
+    def run(self) -> int:
+        """From nothing to the report."""
+        corpus = self.draw()
+        for name, layout in (("captions", "caption"), ("instruct", "chat"), ("heldout", "chat")):
+            self.prepare(name, layout)
+        self.align()
+        self.tune()
+        self.evaluate("pictures")
+        self.evaluate("blank", "--blank_images")
+        served = self.steps.always("serve and ask", readable(self.serve_command(8000)), lambda: self.ask(corpus))
+        report = self.report(corpus, served)
+        print(summary(report, self.out / "report.html"))
+        return 0 if all(goal.is_met for goal in report.goals) else 1
+
+    def draw(self) -> DrawnCorpus:
+        """The corpus, its tokenizer, and the processor that prepares, trains and serves."""
+        s, folder = self.settings, self.out / "corpus"
+
+        def work() -> None:
+            tokenizer = train_tokenizer(corpus_texts(draw()), s.vocab_size)
+            images = FlashSlothImageProcessor(size=IMAGE_SIZE)
+            FlashSlothProcessor(images, tokenizer, num_image_tokens=IMAGE_TOKENS).save_pretrained(self.processor)
+
+        def draw() -> DrawnCorpus:
+            return draw_corpus(folder, s.scenes, s.heldout_scenes, s.seed)
+
+        label = f"draw_corpus({folder}, {s.scenes}, {s.heldout_scenes}, {s.seed}); train_tokenizer({s.vocab_size})"
+        self.steps.call("draw", label, work, [folder, self.processor])
+        return draw()
+
+    def prepare(self, name: str, layout: str) -> None:
+        """Corpus -> shards."""
+        corpus = self.out / "corpus"
+        source = {"path": str(corpus / f"{name}.json"), "image_root": str(corpus / "images")}
+        output = self.out / "prepared" / name
+        flags = ["--sources", json.dumps([source]), "--layout", layout]
+        flags += ["--processor", str(self.processor), "--output", str(output)]
+        self.steps.run(f"prepare {name}", job("prepare", *flags), [output])
+
+    def align(self) -> None:
+        """Shards -> a model that lists what it sees."""
+        flags = ["--model.processor", str(self.processor), *self.run_flags("captions", self.settings.align)]
+        self.steps.run("align", job("train", *recipe("tiny-align"), *flags), [self.runs / "align"])
+
+    def tune(self) -> None:
+        """That model and more shards -> a model that answers questions."""
+        checkpoint = self.runs / "align" / "export"
+        flags = ["--model.checkpoint", str(checkpoint), *self.run_flags("instruct", self.settings.instruct)]
+        self.steps.run("tune", job("train", *recipe("tiny-instruct"), *flags), [self.runs / "instruct"])
+
+    def run_flags(self, data: str, stage: StageSettings) -> list[str]:
+        """Where a training job reads and writes."""
+        name = "align" if data == "captions" else data
+        flags = ["--data.folders", str(self.out / "prepared" / data), "--run.storage", str(self.runs)]
+        return [*flags, "--run.name", name, *(["--max_steps", str(stage.max_steps)] if stage.max_steps else [])]
+
+    def evaluate(self, name: str, *flags: str) -> None:
+        """Checkpoint and held-out shards -> answers."""
+        output = self.out / "evaluation" / name
+        where = ["--checkpoint", str(self.checkpoint), "--data", str(self.out / "prepared" / "heldout")]
+        self.steps.run(f"evaluate {name}", job("evaluate", *where, "--output", str(output), *flags), [output])
+
+    def serve_command(self, port: int) -> list[str]:
+        """The server of the tuned checkpoint."""
+        return job("serve", "--checkpoint", str(self.checkpoint), "--port", str(port))
+
+    def ask(self, corpus: DrawnCorpus) -> list[Picture]:
+        """Start the server, ask it turn by turn about a few held-out pictures, and stop it."""
+        rows = json.loads(corpus.heldout.read_text("utf-8"))[-self.settings.pictures_asked :]
+        port = free_port()
+        address = f"http://127.0.0.1:{port}"
+        with started(self.serve_command(port)) as server:
+            wait_until_healthy(server, address, SERVER_PATIENCE_S)
+            client = OpenAI(base_url=f"{address}/v1", api_key="unused")
+            model = client.models.list().data[0].id
+            served = [converse(client, model, row, corpus.images) for row in rows]
+        for picture in served:
+            print_conversation(picture)
+        return served
+
+    def report(self, corpus: DrawnCorpus, served: list[Picture]) -> Report:
+        """Everything measured, on one page."""
+        replies, blank = (replies_of(self.out / "evaluation" / name) for name in ("pictures", "blank"))
+        overall, scores = score_replies([reply for _, reply in replies], [reply for _, reply in blank])
+        pictures = pictures_of(replies, corpus.images)
+        shown, others = pictures[: self.settings.gallery], pictures[self.settings.gallery :]
+        wrong = [picture for picture in others if not all(reply.is_right for reply in picture.replies)]
+        report = Report(
+            title="FlashSloth quickstart",
+            summary=self.describe(overall),
+            goals=self.goals(overall),
+            steps=[Step(record.name, record.command, record.seconds) for record in self.steps.records],
+            stages=[
+                stage_of("Alignment", self.runs / "align", "Captions that list the objects."),
+                stage_of("Instruction tuning", self.runs / "instruct", "Questions about the same pictures."),
+            ],
+            overall=overall,
+            scores=scores,
+            pictures=shown,
+            failures=wrong[:NUM_FAILURES],
+            served=served,
+            data={name: data_facts(self.out / "prepared" / name) for name in ("captions", "instruct", "heldout")},
+            settings={
+                "quickstart": dump_settings(self.settings),
+                **{name: (self.runs / name / "config.yaml").read_text("utf-8") for name in ("align", "instruct")},
+            },
+            environment=environment_facts(),
+        )
+        write_report(report, self.out / "report.html")
+        return report
+
+    def goals(self, overall: TypeScore) -> list[Goal]:
+        """What the run has to reach."""
+        gain = 100 * (overall.accuracy - overall.blank)
+        return [
+            Goal("% of held-out answers exactly right", self.settings.wanted_accuracy, 100 * overall.accuracy),
+            Goal("points above the same model shown blank pictures", self.settings.wanted_gain, gain),
+        ]
+
+    def describe(self, overall: TypeScore) -> str:
+        """The run in two sentences."""
+        seconds = sum(record.seconds for record in self.steps.records)
+        return (
+            f"From {self.settings.scenes:,} made-up pictures to a model that answers over HTTP, in {duration(seconds)} "
+            f"on {os.cpu_count()} CPU cores. It answered {overall.num_questions:,} questions about "
+            f"{self.settings.heldout_scenes:,} pictures of scenes that it was not trained on."
+        )
+
+
+def job(name: str, *flags: str) -> list[str]:
+    """The command line of a job, with paths as short as they can be typed from here."""
+    return [sys.executable, os.path.relpath(ROOT / "jobs" / f"{name}.py"), *flags]
+
+
+def recipe(name: str) -> list[str]:
+    """The flag that names a recipe of this repository."""
+    return ["--config", os.path.relpath(ROOT / "jobs" / "recipes" / f"{name}.yaml")]
+
+
+def print_conversation(picture: Picture) -> None:
+    """What was asked and said, for the terminal."""
+    print(f"  {picture.name}.jpg")
+    for reply in picture.replies:
+        verdict = "right" if reply.is_right else f"wrong: {reply.truth}"
+        print(f"    {reply.question}  ->  {reply.answer}  ({verdict})")
+
+
+def summary(report: Report, path: Path) -> str:
+    """Times, accuracy and goals as text."""
+    lines = ["", f"{'step':<20}{'time':>14}"]
+    lines += [f"{step.name:<20}{duration(step.seconds):>14}" for step in report.steps]
+    lines += [f"{'total':<20}{duration(sum(step.seconds for step in report.steps)):>14}", ""]
+    lines += [f"{'held-out accuracy':<20}{'pictures':>10}{'blank':>10}{'majority':>10}{'questions':>11}"]
+    lines += [
+        f"{score.question_type:<20}{score.accuracy:>10.1%}{score.blank:>10.1%}{score.majority:>10.1%}"
+        f"{score.num_questions:>11}"
+        for score in [*report.scores, report.overall]
+    ]
+    lines += [""] + [
+        f"{'met' if goal.is_met else 'NOT MET'}: {goal.measured:.1f} {goal.name} (at least {goal.wanted:g} wanted)"
+        for goal in report.goals
+    ]
+    return "\n".join([*lines, "", f"report: {path}"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
