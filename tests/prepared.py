@@ -39,7 +39,7 @@ def coloured_rows(count: int, text_only_every: int = 0, turns: int = 1) -> list[
 
 
 def write_prepared(
-    folder: Path,
+    folder: Path | str,
     rows: Sequence[dict[str, Any]],
     processor: FlashSlothProcessor,
     payload: Payload = "pixels",
@@ -47,7 +47,7 @@ def write_prepared(
     rows_per_shard: int = 8,
     features: tuple[int, ...] = (1, 81, 96),
 ) -> str:
-    """Write `rows` as `jobs/prepare.py` would; returns the folder."""
+    """Write `rows` as `jobs/prepare.py` would, to a folder or a URI; returns it."""
     table = [_row(index, row, processor, payload, layout, features) for index, row in enumerate(rows)]
     shards = [
         write_shard(str(folder), pa.Table.from_pylist(table[i : i + rows_per_shard], schema=SAMPLE_SCHEMA))

