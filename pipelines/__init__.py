@@ -1,0 +1,1 @@
+"""From a corpus to answers, on Ray: preparation, training, evaluation, serving."""
