@@ -93,11 +93,11 @@ def fingerprint(uri: str) -> str:
     return f"{facts['size']}-{str(stamp).strip(chr(34))}"
 
 
-def write_bytes(uri: str, data: bytes) -> None:
+def write_bytes(uri: str, data: bytes | memoryview) -> None:
     """Write `data` at `uri`, replacing what is there; a reader sees the old object or the new one, never a part."""
     file_system, path = filesystem(uri)
     if not isinstance(file_system, LocalFileSystem):
-        file_system.pipe_file(path, data)
+        file_system.pipe_file(path, bytes(data))
         return
     temporary = _write_beside(Path(path), data)
     os.replace(temporary, path)
@@ -163,7 +163,7 @@ def _link_if_absent(path: Path, data: bytes) -> bool:
     return True
 
 
-def _write_beside(path: Path, data: bytes) -> Path:
+def _write_beside(path: Path, data: bytes | memoryview) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:

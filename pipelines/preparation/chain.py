@@ -6,6 +6,7 @@ Without a tower Ray fuses the steps into one task per chunk, so no sample passes
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -159,6 +160,8 @@ _MAKERS: dict[tuple[str, tuple[SourceFiles, ...]], SampleMaker] = {}
 def _maker(work: Work) -> SampleMaker:
     key = (work.plan_identity, work.files)
     if key not in _MAKERS:
+        # A task has one CPU. Threads for the few short texts of a conversation cost more than the texts.
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
         _MAKERS.clear()
         _MAKERS[key] = SampleMaker(work.terms, work.files, ray.get(work.processor))
     return _MAKERS[key]

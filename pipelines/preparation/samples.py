@@ -103,7 +103,11 @@ class SampleMaker:
             return {"image": data, "image_shape": [], "image_dtype": ""}
         # Features begin as pixels: the tower's actor turns them into features.
         pixels = self.processor.image_processor.to_uint8(image)
-        return {"image": pixels.tobytes(), "image_shape": list(pixels.shape), "image_dtype": str(pixels.dtype)}
+        return {
+            "image": pixels.tobytes(),
+            "image_shape": list(pixels.shape),
+            "image_dtype": str(pixels.dtype),
+        }
 
 
 def _rejected(error: RowError | ImageError | ConversationError, own_id: str) -> dict[str, Any]:

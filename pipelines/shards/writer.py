@@ -34,14 +34,14 @@ def write_shard(folder: str, samples: pa.Table) -> ShardEntry:
 
     Writing the same rows again, after a crash or from a second driver, replaces the file by itself.
     """
-    data = serialize(samples)
-    digest = storage.sha256(memoryview(data))
+    data = memoryview(serialize(samples))
+    digest = storage.sha256(data)
     name = f"{SHARD_FOLDER}/{digest}.arrow"
-    storage.write_bytes(storage.join(folder, name), data.to_pybytes())
+    storage.write_bytes(storage.join(folder, name), data)
     return ShardEntry(
         name=name,
         rows=samples.num_rows,
-        bytes=data.size,
+        bytes=data.nbytes,
         sha256=digest,
         num_tokens=_lengths(samples["input_ids"]),
         num_loss_tokens=[int((labels != IGNORED_LABEL).sum()) for labels in _arrays(samples["labels"])],

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
@@ -13,7 +14,7 @@ from flashsloth.image_processing_flashsloth import decode_image
 from pipelines import storage
 from pipelines.preparation.chain import FeatureActor
 from pipelines.preparation.plan import PlanError, Terms, index_source, source_terms
-from pipelines.preparation.samples import SampleMaker, SourceFiles, fetch_image
+from pipelines.preparation.samples import WORK_SCHEMA, SampleMaker, SourceFiles, fetch_image
 from pipelines.preparation.settings import EncoderSettings, SourceSettings
 from pipelines.records import RowError
 from pipelines.shards.receipts import account
@@ -156,17 +157,17 @@ def test_source_that_changes_after_the_plan_is_an_error(tmp_path: Path, processo
         SampleMaker(terms, [SourceFiles(str(path), str(tmp_path))], processor)(0, chunk)
 
 
-def test_features_are_the_models(tmp_path: Path, processor: FlashSlothProcessor, tiny_checkpoint: Path) -> None:
-    import pyarrow as pa
-
-    from pipelines.preparation.samples import WORK_SCHEMA
-
-    samples = make(write_corpus(tmp_path, 5), processor, tmp_path, payload="features")
+def features_of(samples: list[dict[str, Any]], tower: Path) -> list[dict[str, Any]]:
     table = pa.Table.from_pylist(samples, schema=WORK_SCHEMA)
-    encoded_table = FeatureActor(EncoderSettings(path=str(tiny_checkpoint), batch_size=2))(table)
-    assert encoded_table.schema == WORK_SCHEMA
+    features = FeatureActor(EncoderSettings(path=str(tower), batch_size=2))(table)
+    assert features.schema == WORK_SCHEMA
+    return features.to_pylist()
+
+
+def test_features_are_the_models(tmp_path: Path, processor: FlashSlothProcessor, tiny_checkpoint: Path) -> None:
+    samples = make(write_corpus(tmp_path, 5), processor, tmp_path, payload="features")
     model = FlashSlothForConditionalGeneration.from_pretrained(tiny_checkpoint)
-    for number, sample in enumerate(encoded_table.to_pylist()):
+    for number, sample in enumerate(features_of(samples, tiny_checkpoint)):
         if number == 3:
             assert sample["image"] is None
             continue
@@ -174,4 +175,16 @@ def test_features_are_the_models(tmp_path: Path, processor: FlashSlothProcessor,
         features = np.frombuffer(sample["image"], np.float16).reshape(sample["image_shape"])
         expected = model.get_patch_features(pixels)[0].detach().numpy()
         np.testing.assert_allclose(features, expected, atol=2e-3)
-        assert sample["image_dtype"] == "float16"
+        assert (sample["image_dtype"], sample["reason"]) == ("float16", None)
+
+
+def test_features_that_are_not_finite_are_quarantined(
+    tmp_path: Path, processor: FlashSlothProcessor, tiny_model: FlashSlothForConditionalGeneration
+) -> None:
+    for name, parameter in tiny_model.model.vision_tower.named_parameters():
+        if "patch_embedding" in name:
+            parameter.data.fill_(1e30)
+    tiny_model.save_pretrained(tmp_path / "broken")
+    samples = make(write_corpus(tmp_path, 4), processor, tmp_path, payload="features")
+    reasons = [sample["reason"] for sample in features_of(samples, tmp_path / "broken")]
+    assert reasons == ["non_finite", "non_finite", "non_finite", None]  # the last is text only
