@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from jobs.serve import main
 from tests.fixtures.ray_session import REPOSITORY
 from tests.pipelines.test_serving_app import free_port
 
@@ -109,25 +110,24 @@ def test_a_checkpoint_that_fails_while_loading_is_named(start_job: Any, tiny_che
     assert f"error: the service did not start: {folder}: " in job.output, job.output
 
 
-def test_a_missing_checkpoint_is_an_error(start_job: Any, tmp_path: Path) -> None:
-    job = start_job("--checkpoint", str(tmp_path / "none"))
-    assert job.finish() == 1
-    assert job.output.startswith(f"error: {tmp_path / 'none'}: no such folder")
+def test_a_missing_checkpoint_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--checkpoint", str(tmp_path / "none")]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'none'}: no such folder")
 
 
-def test_a_taken_port_is_an_error(start_job: Any, tiny_checkpoint: Path) -> None:
+def test_a_taken_port_is_an_error(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        job = start_job("--checkpoint", str(tiny_checkpoint), "--port", str(port))
-        assert job.finish() == 1
-    assert f"error: cannot listen on 127.0.0.1:{port}" in job.output
+        assert main(["--checkpoint", str(tiny_checkpoint), "--port", str(port)]) == 1
+    assert f"error: cannot listen on 127.0.0.1:{port}" in capsys.readouterr().err
 
 
-def test_a_typo_in_a_recipe_is_an_error(start_job: Any, tmp_path: Path) -> None:
+def test_a_typo_in_a_recipe_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = tmp_path / "serve.yaml"
     recipe.write_text("checkpoint: x\nmax_batchsize: 4\n")
-    job = start_job("--config", str(recipe))
-    assert job.finish() == 2
-    assert f"{recipe}: unknown field 'max_batchsize'; did you mean 'max_batch_size'?" in job.output
+    with pytest.raises(SystemExit) as stopped:
+        main(["--config", str(recipe)])
+    assert stopped.value.code == 2
+    assert f"{recipe}: unknown field 'max_batchsize'; did you mean 'max_batch_size'?" in capsys.readouterr().err
