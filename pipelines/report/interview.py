@@ -40,7 +40,10 @@ def wait_until_healthy(server: Popen, address: str, patience_s: float) -> None:
 
 
 def converse(client: OpenAI, model: str, row: Mapping[str, Any], images: Path) -> Picture:
-    """Ask all questions of one LLaVA row in one conversation that grows by the model's own answers."""
+    """Ask the questions of one LLaVA row in one conversation that grows by the model's own answers.
+
+    It ends early where the model says nothing.
+    """
     data = (images / row["image"]).read_bytes()
     picture = {"url": f"data:image/jpeg;base64,{base64.b64encode(data).decode('ascii')}"}
     turns = row["conversations"]
@@ -53,8 +56,10 @@ def converse(client: OpenAI, model: str, row: Mapping[str, Any], images: Path) -
         messages.append({"role": "user", "content": content})
         answer = client.chat.completions.create(model=model, messages=messages, temperature=0, max_tokens=16)
         said = answer.choices[0].message.content or ""
-        messages.append({"role": "assistant", "content": said})
         replies.append(Reply(question, said, truth, said.strip() == truth, question_type))
+        if not said.strip():
+            break  # a turn without an answer is no conversation that could go on
+        messages.append({"role": "assistant", "content": said})
     return Picture(row["id"], data, replies)
 
 
