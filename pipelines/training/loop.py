@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -187,7 +188,7 @@ def _initialize(model: torch.nn.Module, optimizer: torch.optim.Optimizer, settin
     import deepspeed
 
     deepspeed.utils.logger.setLevel("WARNING")
-    with contextlib.redirect_stdout(None):  # it prints that its operator was built
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints that its operator was built
         deepspeed.init_distributed()
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(settings))
     return engine
