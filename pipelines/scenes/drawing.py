@@ -15,7 +15,8 @@ _POLYGONS = {
     "square": ((-0.84, -0.84), (0.84, -0.84), (0.84, 0.84), (-0.84, 0.84)),
     "triangle": ((0.0, -0.95), (0.95, 0.80), (-0.95, 0.80)),
 }
-_CIRCLE_RADIUS = 0.92
+# Length and half width of a cross's bars.
+_BAR = (0.98, 0.34)
 
 
 def draw_scene(scene: Scene, rng: np.random.Generator) -> Image.Image:
@@ -66,9 +67,14 @@ def _paint(canvas: np.ndarray, scene_object: SceneObject, rng: np.random.Generat
 
 def _distance(scene_object: SceneObject, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
     """Pixels from the shape's edge, negative inside: float32[h, w] for x float32[1, w] and y float32[h, 1]."""
-    if scene_object.shape == "circle":
-        return np.hypot(x, y) - _CIRCLE_RADIUS * radius
     cos, sin = np.cos(scene_object.angle), np.sin(scene_object.angle)
+    if scene_object.shape == "cross":
+        along, across = np.abs(cos * x + sin * y), np.abs(cos * y - sin * x)
+        long, short = radius * _BAR[0], radius * _BAR[1]
+        return np.minimum(
+            np.maximum(along - long, across - short),
+            np.maximum(along - short, across - long),
+        )
     corners = radius * np.array(_POLYGONS[scene_object.shape]) @ np.array([[cos, sin], [-sin, cos]])
     edges = np.roll(corners, -1, axis=0) - corners
     outward = np.stack([edges[:, 1], -edges[:, 0]], axis=1) / np.linalg.norm(edges, axis=1, keepdims=True)
