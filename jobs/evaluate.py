@@ -65,6 +65,9 @@ def main(argv: list[str] | None = None) -> int:
     settings = load_settings(EvaluateSettings, argv, prog="evaluate.py")
     try:
         evaluate(settings)
+    except KeyboardInterrupt:
+        print("\nstopped; nothing was written", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

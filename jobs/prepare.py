@@ -25,6 +25,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     try:
         return _verify(arguments[1:]) if arguments[:1] == ["verify"] else _prepare(arguments)
+    except KeyboardInterrupt:
+        print("\nstopped; run the same command again to go on from here", file=sys.stderr)
+        return 130
     except (ValueError, OSError, BotoCoreError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

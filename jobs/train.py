@@ -22,6 +22,9 @@ def main(argv: list[str] | None = None) -> int:
         start_ray(num_cpus=None)
         check_cluster(settings.scaling)
         exported = train(settings)
+    except KeyboardInterrupt:
+        print("\nstopped; run the same command again to go on from the last checkpoint", file=sys.stderr)
+        return 130
     except (ValueError, OSError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
