@@ -133,9 +133,9 @@ class FlashSlothConfig(PreTrainedConfig):
         width without restating the rest.
         """
         vision = {
-            "hidden_size": 96,
-            "intermediate_size": 192,
-            "num_hidden_layers": 3,
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_hidden_layers": 2,
             "num_attention_heads": 4,
             "image_size": 126,
             "patch_size": 14,

@@ -11,12 +11,8 @@ PALETTE = {"red": (219, 44, 44), "green": (42, 168, 72), "blue": (48, 88, 222), 
 COLOR_SPREAD = 16
 
 # Corners in the box [-1, 1] x [-1, 1], y pointing down, clockwise on the screen.
-_POLYGONS = {
-    "square": ((-0.84, -0.84), (0.84, -0.84), (0.84, 0.84), (-0.84, 0.84)),
-    "triangle": ((0.0, -0.95), (0.95, 0.80), (-0.95, 0.80)),
-}
-# Length and half width of a cross's bars.
-_BAR = (0.98, 0.34)
+# Half width and half height in units of the radius.
+_EXTENTS = {"square": (0.84, 0.84), "bar": (0.98, 0.32), "column": (0.32, 0.98)}
 
 
 def draw_scene(scene: Scene, rng: np.random.Generator) -> Image.Image:
@@ -68,16 +64,5 @@ def _paint(canvas: np.ndarray, scene_object: SceneObject, rng: np.random.Generat
 def _distance(scene_object: SceneObject, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
     """Pixels from the shape's edge, negative inside: float32[h, w] for x float32[1, w] and y float32[h, 1]."""
     cos, sin = np.cos(scene_object.angle), np.sin(scene_object.angle)
-    if scene_object.shape == "cross":
-        along, across = np.abs(cos * x + sin * y), np.abs(cos * y - sin * x)
-        long, short = radius * _BAR[0], radius * _BAR[1]
-        return np.minimum(
-            np.maximum(along - long, across - short),
-            np.maximum(along - short, across - long),
-        )
-    corners = radius * np.array(_POLYGONS[scene_object.shape]) @ np.array([[cos, sin], [-sin, cos]])
-    edges = np.roll(corners, -1, axis=0) - corners
-    outward = np.stack([edges[:, 1], -edges[:, 0]], axis=1) / np.linalg.norm(edges, axis=1, keepdims=True)
-    # A convex polygon is where all its edges' half-planes meet.
-    sides = [n_x * (x - c_x) + n_y * (y - c_y) for (n_x, n_y), (c_x, c_y) in zip(outward, corners, strict=True)]
-    return np.maximum.reduce(sides)
+    half_width, half_height = (radius * extent for extent in _EXTENTS[scene_object.shape])
+    return np.maximum(np.abs(cos * x + sin * y) - half_width, np.abs(cos * y - sin * x) - half_height)

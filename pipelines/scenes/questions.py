@@ -41,7 +41,7 @@ class Turn:
 
 
 def caption(scene: Scene) -> str:
-    """The objects and their places in reading order: "a red circle at the top left and a blue square at the right."."""
+    """Objects and places in reading order: "a red bar at the top left and a blue square at the top right."."""
     parts = [f"a {o.color} {o.shape} at the {o.place}" for o in scene.objects]
     return (" and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else parts[0]) + "."
 
