@@ -12,7 +12,7 @@ COLOR_SPREAD = 16
 
 # Corners in the box [-1, 1] x [-1, 1], y pointing down, clockwise on the screen.
 # Half width and half height in units of the radius.
-_EXTENTS = {"square": (0.84, 0.84), "bar": (0.98, 0.32), "column": (0.32, 0.98)}
+_EXTENTS = {"square": (0.84, 0.84), "bar": (0.98, 0.26), "column": (0.26, 0.98)}
 
 
 def draw_scene(scene: Scene, rng: np.random.Generator) -> Image.Image:

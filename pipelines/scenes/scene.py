@@ -20,7 +20,7 @@ COLUMNS = 2  # and as many rows
 BACKGROUNDS = ("light", "dark", "gradient", "noise")
 
 # Pictures are squashed to a square; within these limits a square stays shorter than a bar.
-MIN_SIDE, MAX_SIDE = 120, 160
+MIN_SIDE, MAX_SIDE = 128, 160
 MIN_RADIUS, MAX_RADIUS = 0.15, 0.23
 # Half a cell is a quarter of the picture; an object keeps this much of it free on each side.
 CELL_MARGIN = 0.008
@@ -103,5 +103,5 @@ def _place_object(rng: np.random.Generator, kind: int, cell: int) -> SceneObject
         x=(column + 0.5) / COLUMNS + shift_x,
         y=(row + 0.5) / COLUMNS + shift_y,
         radius=radius,
-        angle=float(rng.uniform(-0.14, 0.14)),
+        angle=float(rng.uniform(-0.08, 0.08)),
     )
