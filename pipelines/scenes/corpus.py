@@ -27,7 +27,7 @@ from pipelines.scenes.questions import CAPTION_REQUESTS, ask, caption
 from pipelines.scenes.scene import Scene, invent_scene
 
 # Raise when the same seed gives other pictures or questions than before: an older corpus is then drawn anew.
-VERSION = 4
+VERSION = 5
 _SPLITS = ("train", "heldout")
 
 

@@ -21,7 +21,7 @@ BACKGROUNDS = ("light", "dark", "gradient", "noise")
 
 # Pictures are squashed to a square; within these limits a square stays shorter than a bar.
 MIN_SIDE, MAX_SIDE = 128, 160
-MIN_RADIUS, MAX_RADIUS = 0.15, 0.23
+MIN_RADIUS, MAX_RADIUS = 0.18, 0.235
 # Half a cell is a quarter of the picture; an object keeps this much of it free on each side.
 CELL_MARGIN = 0.008
 
