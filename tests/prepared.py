@@ -45,7 +45,7 @@ def write_prepared(
     payload: Payload = "pixels",
     layout: Layout = "chat",
     rows_per_shard: int = 8,
-    features: tuple[int, ...] = (1, 81, 96),
+    features: tuple[int, ...] = (1, 81, 128),  # tiles, patches and width of the tiny preset
 ) -> str:
     """Write `rows` as `jobs/prepare.py` would, to a folder or a URI; returns it."""
     table = [_row(index, row, processor, payload, layout, features) for index, row in enumerate(rows)]

@@ -158,7 +158,7 @@ def test_a_micro_batch_without_images_says_so_with_an_empty_tensor(tmp_path, pro
     texts = coloured_rows(4, text_only_every=1)
     for payload, name, shape in (
         ("pixels", "pixel_values", (0, 1, 3, 126, 126)),
-        ("features", "patch_features", (0, 1, 81, 96)),
+        ("features", "patch_features", (0, 1, 81, 128)),
     ):
         folder = write_prepared(tmp_path / payload, texts + coloured_rows(1), processor, payload=payload)
         micro_batches, _ = load(PreparedRows([folder]), processor, world=1, rank=0, micro=4, batch=4)
