@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 COLORS = ("red", "green", "blue", "yellow")
-# Told apart by how far they reach, which survives the pooling of patches. Circles, triangles and crosses of this size
-# differ in their corners only: trained from nothing for minutes, a tower sees colours and places, and guesses shapes.
+# Told apart by how far they reach. Circle, square and triangle, and square, triangle and cross, in objects of 26 to 58
+# pixels, stayed near chance in captions after 600 to 900 steps; why was not found out, nor were they tried larger.
 SHAPES = ("square", "bar", "column")
 # Row by row, as cell numbers count.
 PLACES = ("top left", "top right", "bottom left", "bottom right")
