@@ -2,7 +2,9 @@
 
     python jobs/prepare.py --config jobs/recipes/prepare-llava-pretrain.yaml
     python jobs/prepare.py --config RECIPE --dry-run          # the plan with its counts; nothing is written
-    python jobs/prepare.py verify FOLDER                      # hash every shard again
+    python jobs/prepare.py verify FOLDER                      # hash everything again
+    python jobs/prepare.py inspect FOLDER --key corpus:12     # a row as a person reads it
+    python jobs/prepare.py gc FOLDER --dry-run                # what killed runs have left
 
 Killed and run again, it goes on where it was; run on a finished folder, it says so and ends.
 """
@@ -11,9 +13,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable, Iterable
 
 from botocore.exceptions import BotoCoreError
 
+from pipelines.preparation.collection import find_garbage, remove
+from pipelines.preparation.inspection import Inspector
 from pipelines.preparation.settings import PrepareSettings
 from pipelines.preparation.verify import verify
 from pipelines.prepare import prepare
@@ -21,10 +26,11 @@ from pipelines.settings import load_settings
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prepare, or verify what was prepared. Returns the exit status: 0, or 1 after one line on stderr."""
+    """Prepare, or look after what was prepared. Returns the exit status: 0, or 1 after one line on stderr."""
     arguments = sys.argv[1:] if argv is None else argv
+    command = _COMMANDS.get(arguments[0]) if arguments else None
     try:
-        return _verify(arguments[1:]) if arguments[:1] == ["verify"] else _prepare(arguments)
+        return command(_parser().parse_args(arguments)) if command else _prepare(arguments)
     except KeyboardInterrupt:
         print("\nstopped; run the same command again to go on from here", file=sys.stderr)
         return 130
@@ -47,16 +53,65 @@ def _prepare(arguments: list[str]) -> int:
     return 0
 
 
-def _verify(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="prepare.py verify", description="Hash every shard of a dataset again.")
-    parser.add_argument("folder", help="a prepared folder or URI")
-    folder = parser.parse_args(arguments).folder
-    faults = verify(folder)
+def _verify(arguments: argparse.Namespace) -> int:
+    faults = verify(arguments.folder)
     for fault in faults:
         print(f"error: {fault}", file=sys.stderr)
     if not faults:
-        print(f"{folder}: every shard is as it was written")
+        print(f"{arguments.folder}: every shard is as it was written")
     return 1 if faults else 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    inspector = Inspector(arguments.folder)
+    if inspector.note:
+        print(inspector.note, file=sys.stderr)
+    shown: Iterable[str] = inspector.rows(arguments.rows)
+    if arguments.key:
+        shown = [inspector.row(arguments.key)]
+    elif arguments.quarantined:
+        shown = inspector.quarantined()
+    print(*shown, sep="\n\n")
+    return 0
+
+
+def _gc(arguments: argparse.Namespace) -> int:
+    garbage = find_garbage(arguments.folder, arguments.older_than)
+    for each in garbage:
+        print(f"  {each.path}  {each.bytes:,} bytes, {each.age_hours:,.1f} h old")
+    if not arguments.dry_run:
+        garbage = remove(arguments.folder, garbage)
+    total = sum(each.bytes for each in garbage) / 1e6
+    verb = "would be removed" if arguments.dry_run else "removed"
+    print(f"{arguments.folder}: {len(garbage):,} object{'' if len(garbage) == 1 else 's'} {verb}, {total:,.1f} MB")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="prepare.py", description="Look after what was prepared.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    folder = argparse.ArgumentParser(add_help=False)
+    folder.add_argument("folder", metavar="FOLDER", help="a prepared folder or URI")
+
+    text = "Hash every shard, the quarantine table and the plan again, and check the receipts against them."
+    commands.add_parser("verify", parents=[folder], help=text, description=text)
+
+    text = "Show rows as a person reads them: the turns, what the model is given and what it learns."
+    inspect = commands.add_parser("inspect", parents=[folder], help=text, description=text)
+    which = inspect.add_mutually_exclusive_group()
+    which.add_argument("--rows", type=int, default=3, metavar="N", help="the first N rows (default: 3)")
+    which.add_argument("--key", help="the row with this key, such as corpus:12, be it written or quarantined")
+    which.add_argument("--quarantined", action="store_true", help="the rows that could not become samples")
+
+    text = "Remove what killed runs have left: shards that no receipt names, half-written temporary files."
+    gc = commands.add_parser("gc", parents=[folder], help=text, description=text)
+    gc.add_argument("--dry-run", action="store_true", help="say what would be removed, and remove nothing")
+    unfinished = "only what was written HOURS ago or earlier; lets a folder be collected that is not finished"
+    gc.add_argument("--older-than", type=float, metavar="HOURS", help=unfinished)
+    return parser
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {"verify": _verify, "inspect": _inspect, "gc": _gc}
 
 
 if __name__ == "__main__":

@@ -29,12 +29,11 @@ from pipelines.preparation.plan import (
 from pipelines.preparation.processor import load_processor
 from pipelines.preparation.progress import Progress
 from pipelines.preparation.samples import SourceFiles
-from pipelines.preparation.settings import PrepareSettings
+from pipelines.preparation.settings import CONFIG_NAME, PrepareSettings
 from pipelines.ray_session import start_ray
 from pipelines.settings import dump_settings
 from pipelines.shards.manifest import MANIFEST_NAME, Manifest, Payload
 
-CONFIG_NAME = "config.yaml"
 # A worker holds a chunk a few times over (samples, shard, its bytes); Ray advises blocks of 128 MB at most.
 _BYTES_PER_CHUNK = 100 * 2**20
 _ROWS_PER_CHUNK = 500  # of encoded images: about 75 MB

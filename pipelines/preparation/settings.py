@@ -11,6 +11,9 @@ from pipelines.corpora import FORMATS
 from pipelines.settings import JobSettings, Section
 from pipelines.shards.manifest import Layout, Payload
 
+CONFIG_NAME = "config.yaml"
+"""The resolved settings, stored beside what they produced."""
+
 
 class SourceSettings(Section):
     """One file of a corpus."""
@@ -53,7 +56,10 @@ class EncoderSettings(Section):
 
 
 class PrepareSettings(JobSettings):
-    """Turn corpora of images and conversations into shards that training reads. Killed and run again, it goes on."""
+    """Turn corpora of images and conversations into shards that training reads. Killed and run again, it goes on.
+
+    What was prepared is looked after by `prepare.py verify|inspect|gc FOLDER`; each has a --help of its own.
+    """
 
     sources: list[SourceSettings] = Field(min_length=1)
     """The corpora, in the order of the dataset."""

@@ -1,18 +1,26 @@
-"""Is a dataset still what was written? Reads every byte of it again."""
+"""Is a prepared folder still what was written? Reads every byte of it again."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+from pydantic import ValidationError
+
 from pipelines import storage
+from pipelines.preparation.plan import PLAN_NAME, load_plan
 from pipelines.shards.manifest import Manifest, QuarantineEntry, ShardEntry
 from pipelines.shards.reader import ShardError, check
+from pipelines.shards.receipts import Receipt, receipt_name
 
 _THREADS = 4
 
 
 def verify(folder: str) -> list[str]:
-    """One line for each shard of the dataset in `folder` that is missing or not as the manifest says.
+    """One line for everything of the dataset in `folder` that is missing or not as the manifest says.
+
+    Shards, quarantine table and plan are hashed. The receipts carry times, so no hash can cover them: each chunk of the
+    plan must have one, and together they must name the manifest's shards and account for its rows.
 
     Raises:
         ManifestError: `folder` holds no finished dataset.
@@ -30,4 +38,52 @@ def verify(folder: str) -> list[str]:
         return None
 
     with ThreadPoolExecutor(_THREADS) as threads:
-        return [line for line in threads.map(fault, [*manifest.shards, manifest.quarantine]) if line]
+        damaged = [line for line in threads.map(fault, [*manifest.shards, manifest.quarantine]) if line]
+    return [*damaged, *_plan_faults(folder, manifest)]
+
+
+def _plan_faults(folder: str, manifest: Manifest) -> Iterator[str]:
+    uri = storage.join(folder, PLAN_NAME)
+    try:
+        plan = load_plan(folder)
+    except ValidationError as error:
+        yield f"{uri}: not a plan: {error.errors()[0]['msg']}"
+        return
+    if plan is None or plan.identity() != manifest.plan:
+        found = plan.identity() if plan else "no such file"
+        yield f"{uri}: expected the plan with sha256 {manifest.plan}, found {found}"
+        return
+    yield from _receipt_faults(folder, manifest, len(plan.chunks))
+
+
+def _receipt_faults(folder: str, manifest: Manifest, num_chunks: int) -> Iterator[str]:
+    uris = [storage.join(folder, receipt_name(chunk)) for chunk in range(num_chunks)]
+    with ThreadPoolExecutor(_THREADS) as threads:
+        found = list(threads.map(_receipt, uris))
+    yield from (each for each in found if isinstance(each, str))
+    receipts = [each for each in found if isinstance(each, Receipt)]
+    for uri, receipt in zip(uris, found, strict=True):
+        if isinstance(receipt, Receipt) and receipt.plan != manifest.plan:
+            yield f"{uri}: expected a receipt of plan {manifest.plan}, found one of {receipt.plan}"
+    if len(receipts) < num_chunks:
+        return
+    if [receipt.shard for receipt in receipts if receipt.shard] != manifest.shards:
+        yield f"{folder}: the receipts name other shards than the manifest"
+    totals = (
+        sum(receipt.planned for receipt in receipts),
+        sum(len(receipt.quarantined) for receipt in receipts),
+    )
+    if totals != (manifest.planned, manifest.quarantined):
+        yield (
+            f"{folder}: the receipts account for {totals[0]} rows, {totals[1]} quarantined; the manifest for "
+            f"{manifest.planned}, {manifest.quarantined} quarantined"
+        )
+
+
+def _receipt(uri: str) -> Receipt | str:
+    try:
+        return Receipt.model_validate_json(storage.read_bytes(uri))
+    except FileNotFoundError:
+        return f"{uri}: expected the receipt of a chunk, found no such file"
+    except ValidationError as error:
+        return f"{uri}: not a receipt: {error.errors()[0]['msg']}"

@@ -1,0 +1,116 @@
+"""Garbage collection: what killed runs have left in a prepared folder, and no receipt names.
+
+A run that is killed may leave shards without a receipt and, on a disk, half-written temporary files. No reader opens
+them, they only take room.
+
+What is garbage is only certain once the manifest is there: until then a worker may have written a shard a moment ago
+whose receipt is still on its way. So an unfinished folder is refused, unless an age is given, and then nothing younger
+than that goes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from fsspec import AbstractFileSystem
+
+from pipelines import storage
+from pipelines.preparation.plan import PLAN_NAME
+from pipelines.shards.manifest import MANIFEST_NAME
+from pipelines.shards.receipts import RECEIPT_FOLDER, Receipt
+from pipelines.shards.writer import SHARD_FOLDER
+
+_TEMPORARY_SUFFIX = ".part"  # of the files that `storage` writes beside their place
+
+
+class CollectionError(ValueError):
+    """Nothing may be removed here; the message says why and what helps."""
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """An object of a prepared folder that no receipt names."""
+
+    path: str
+    bytes: int
+    age_hours: float
+    """Since it was last written."""
+
+
+def find_garbage(folder: str, older_than_hours: float | None = None) -> list[Garbage]:
+    """What could be removed from `folder`, largest first.
+
+    Args:
+        folder: where `jobs/prepare.py` wrote; a local path or any URI of fsspec.
+        older_than_hours: only what was written before; needed where the preparation has not finished.
+
+    Raises:
+        CollectionError: nothing was prepared here, or it has not finished and no age is given.
+    """
+    if not storage.exists(storage.join(folder, PLAN_NAME)):
+        raise CollectionError(f"{folder}: no {PLAN_NAME} here, so nothing was prepared into it; nothing is removed")
+    if older_than_hours is None and not storage.exists(storage.join(folder, MANIFEST_NAME)):
+        raise CollectionError(
+            f"{folder}: the preparation has not finished, and a shard without a receipt may be one that a worker has "
+            "just written. Run the preparation to its end first; or, where no driver is running, say with --older-than "
+            "from how many hours on a leftover is garbage"
+        )
+    file_system, root = storage.filesystem(folder)
+    now = time.time()
+    # Listed before the receipts are read: what is committed in between is then seen as named.
+    listed = list(_leftovers(file_system, root, now))
+    named = _named(folder)
+    found = [
+        each
+        for each in listed
+        if each.path.removeprefix(root).lstrip("/") not in named
+        and (older_than_hours is None or each.age_hours >= older_than_hours)
+    ]
+    return sorted(found, key=lambda each: (-each.bytes, each.path))
+
+
+def remove(folder: str, garbage: list[Garbage]) -> list[Garbage]:
+    """Remove `garbage` of `folder`; returns what was removed.
+
+    An object that was written again since it was listed stays: a driver has come to need it.
+    """
+    file_system, _ = storage.filesystem(folder)
+    removed = []
+    for each in garbage:
+        try:
+            age_hours = (time.time() - _written_at(file_system.info(each.path))) / 3600
+        except FileNotFoundError:
+            continue  # another collection was quicker
+        if age_hours >= each.age_hours:
+            file_system.rm_file(each.path)
+            removed.append(each)
+    return removed
+
+
+def _leftovers(file_system: AbstractFileSystem, root: str, now: float) -> Iterator[Garbage]:
+    """Every shard, named or not, and every temporary file."""
+    for folder in ("", RECEIPT_FOLDER, SHARD_FOLDER):
+        path = storage.join(root, folder) if folder else root
+        if not file_system.exists(path):
+            continue
+        for facts in file_system.ls(path, detail=True):
+            is_temporary = facts["name"].endswith(_TEMPORARY_SUFFIX)
+            if facts["type"] == "file" and (is_temporary or folder == SHARD_FOLDER):
+                yield Garbage(facts["name"], facts["size"], (now - _written_at(facts)) / 3600)
+
+
+def _named(folder: str) -> set[str]:
+    """Paths, below `folder`, of the shards that receipts name."""
+    names = [name for name in storage.list_names(storage.join(folder, RECEIPT_FOLDER)) if name.endswith(".json")]
+    texts = storage.read_many([storage.join(folder, RECEIPT_FOLDER, name) for name in names])
+    receipts = map(Receipt.model_validate_json, texts)
+    return {receipt.shard.name for receipt in receipts if receipt.shard}
+
+
+def _written_at(facts: dict[str, Any]) -> float:
+    stamp = facts["mtime"] if "mtime" in facts else facts["LastModified"]
+    return stamp.timestamp() if isinstance(stamp, datetime) else float(stamp)

@@ -1,0 +1,180 @@
+"""jobs/prepare.py verify, inspect and gc: what a person reads, what is found, and what is removed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from jobs.prepare import main
+from pipelines import storage
+from pipelines.shards import Manifest, ShardedDataset
+from tests.corpus import bad_rows, row, write_corpus, write_processor
+from tests.preparation import begin, do_chunk, prepare_here, prepare_settings
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eleven good rows and, after the fifth, a bad one. Read only: copy it before changing it."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "images").mkdir()
+    rows = [row(number) for number in range(11)]
+    write_corpus(folder, [*rows[:5], bad_rows(folder)["image_missing"], *rows[5:]])
+    write_processor(folder)
+    prepare_here(prepare_settings(folder))
+    return folder / "out"
+
+
+@pytest.fixture
+def changeable(finished: Path, tmp_path: Path) -> Path:
+    shutil.copytree(finished, tmp_path / "out")
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize("command", ["verify", "inspect", "gc"])
+def test_each_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
+    assert stopped.value.code == 0
+    assert f"usage: prepare.py {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["verify", "inspect", "gc"])
+def test_a_folder_that_is_no_dataset_is_named(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, str(tmp_path)]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}: no ")
+
+
+def test_verify_passes_what_was_written(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(finished)]) == 0
+    assert "every shard is as it was written" in capsys.readouterr().out
+
+
+def test_verify_names_everything_that_changed(changeable: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with (changeable / "quarantine.parquet").open("r+b") as file:
+        file.write(b"X")
+    receipts = sorted((changeable / "receipts").glob("*.json"))
+    receipts[0].unlink()
+    receipts[1].write_text("{}")
+    assert main(["verify", str(changeable)]) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 3
+    assert "quarantine.parquet: expected sha256" in errors[0]
+    assert f"{receipts[0]}: expected the receipt of a chunk, found no such file" in errors[1]
+    assert f"{receipts[1]}: not a receipt" in errors[2]
+
+
+def test_verify_compares_plan_and_receipts_with_the_manifest(
+    changeable: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second, _ = sorted((changeable / "receipts").glob("*.json"))
+    text = first.read_text()
+    first.write_text(text.replace('"num_tokens":[', '"num_tokens":[1'))
+    assert main(["verify", str(changeable)]) == 1
+    assert "the receipts name other shards than the manifest" in capsys.readouterr().err
+    first.write_text(text)
+    plan = changeable / "plan.json"
+    plan.write_text(plan.read_text().replace('"layout":"chat"', '"layout":"caption"'))
+    assert main(["verify", str(changeable)]) == 1
+    assert f"plan.json: expected the plan with sha256 {Manifest.load(str(changeable)).plan}" in capsys.readouterr().err
+    assert second.exists()
+
+
+def test_inspect_shows_a_row_as_a_person_reads_it(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(finished), "--key", "corpus:2"]) == 0
+    tokens = len(ShardedDataset(str(finished)).read(2)["input_ids"])
+    out = capsys.readouterr().out
+    assert "corpus:2  (id own-2, source corpus)" in out
+    assert "image   pixels uint8[1, 3, 126, 126], 47,628 bytes" in out
+    assert f"tokens  {tokens}, of which " in out
+    assert "user      What color is the square?\n  assistant The square is red." in out
+    assert "USER: <image>x9\\nWhat color is the square? <learnable>x9 ASSISTANT: The square is red.</s>USER: " in out
+    assert "learned  The square is red.</s> …  2 circles.</s>" in out
+
+
+def test_inspect_finds_rows_behind_a_quarantined_one(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The sixth row of the corpus is bad: the dataset's numbers and the keys differ from there on."""
+    for position in range(12):
+        assert main(["inspect", str(finished), "--key", f"corpus:{position}"]) == 0
+        shown = capsys.readouterr().out
+        assert shown.startswith(f"corpus:{position}  ")
+        assert ("image_missing: " in shown) == (position == 5)
+
+
+def test_inspect_shows_the_first_rows_and_the_quarantine(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(finished), "--rows", "2"]) == 0
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("corpus:")] == [
+        "corpus:0  (id own-0, source corpus)",
+        "corpus:1  (id own-1, source corpus)",
+    ]
+    assert main(["inspect", str(finished), "--quarantined"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("corpus:5  (id own-0, source corpus)\n  at ")
+    assert "corpus.jsonl:6\n  image_missing: 'images/nowhere.jpg': no such file below" in out
+
+
+@pytest.mark.parametrize("key", ["corpus:12", "other:1", "corpus:x", "corpus", ""])
+def test_inspect_of_an_unknown_key(finished: Path, capsys: pytest.CaptureFixture[str], key: str) -> None:
+    assert main(["inspect", str(finished), f"--key={key}"]) == (1 if key else 0)
+    assert not key or f"no row has the key '{key}'" in capsys.readouterr().err
+
+
+def test_inspect_without_the_processor_says_so(changeable: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (changeable / "config.yaml").unlink()
+    assert main(["inspect", str(changeable)]) == 0
+    out, err = capsys.readouterr()
+    assert "no config.yaml here, so token ids are not shown as text" in err
+    assert "corpus:0  (id own-0" in out and "given" not in out
+
+
+def test_gc_removes_only_what_no_receipt_names(changeable: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = {path for path in changeable.rglob("*") if path.is_file()}
+    orphan, part = changeable / "shards" / f"{'0' * 64}.arrow", changeable / "receipts" / ".x.json.1.part"
+    orphan.write_bytes(b"x" * 1_000_000)
+    part.write_bytes(b"x" * 500_000)
+    assert main(["gc", str(changeable), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert f"{orphan}  1,000,000 bytes, 0.0 h old" in out
+    assert "2 objects would be removed, 1.5 MB" in out
+    assert orphan.exists() and part.exists()
+    assert main(["gc", str(changeable)]) == 0
+    assert "2 objects removed, 1.5 MB" in capsys.readouterr().out
+    assert {path for path in changeable.rglob("*") if path.is_file()} == kept
+    assert main(["verify", str(changeable)]) == 0
+
+
+def test_gc_leaves_the_work_of_a_running_driver_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_corpus(tmp_path, 12)
+    write_processor(tmp_path)
+    settings = prepare_settings(tmp_path)
+    ledger, maker = begin(settings)
+    done, under_way, left = (do_chunk(ledger, maker, number) for number in range(3))
+    ledger.commit(done)
+    assert under_way.shard and left.shard
+    old = tmp_path / "out" / left.shard.name
+    two_days_ago = time.time() - 48 * 3600
+    os.utime(old, (two_days_ago, two_days_ago))
+    assert main(["gc", settings.output]) == 1
+    assert "the preparation has not finished" in capsys.readouterr().err
+    assert main(["gc", settings.output, "--older-than", "24"]) == 0
+    assert not old.exists()
+    ledger.commit(under_way)
+    ledger.commit(do_chunk(ledger, maker, 2))
+    ledger.publish()
+    assert main(["verify", settings.output]) == 0
+
+
+@pytest.mark.s3
+def test_gc_on_an_object_store(changeable: Path, s3_uri: str, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = storage.join(s3_uri, "out")
+    for file in changeable.rglob("*"):
+        if file.is_file():
+            storage.write_bytes(storage.join(folder, str(file.relative_to(changeable))), file.read_bytes())
+    storage.write_bytes(storage.join(folder, "shards", "left.arrow"), b"x" * 1000)
+    assert main(["gc", folder]) == 0
+    assert "1 object removed, 0.0 MB" in capsys.readouterr().out
+    assert "left.arrow" not in storage.list_names(storage.join(folder, "shards"))
+    assert main(["verify", folder]) == 0

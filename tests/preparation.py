@@ -1,0 +1,58 @@
+"""A whole preparation in this process, for tests of what comes after it and needs no Ray."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pipelines import storage
+from pipelines.preparation.chain import Work, write_chunk
+from pipelines.preparation.ledger import Ledger
+from pipelines.preparation.plan import Plan, index_source
+from pipelines.preparation.processor import load_processor
+from pipelines.preparation.samples import SampleMaker, SourceFiles
+from pipelines.preparation.settings import CONFIG_NAME, PrepareSettings
+from pipelines.prepare import make_terms
+from pipelines.settings import dump_settings
+from pipelines.shards.manifest import Manifest
+from pipelines.shards.receipts import Receipt
+
+
+def prepare_settings(folder: Path, **change: Any) -> PrepareSettings:
+    """Settings for the corpus.jsonl and the processor in `folder`, four rows to a chunk."""
+    base = {
+        "sources": [{"path": str(folder / "corpus.jsonl"), "image_root": str(folder)}],
+        "output": str(folder / "out"),
+        "processor": str(folder / "processor"),
+        "chunk_rows": 4,
+    }
+    return PrepareSettings(**base | change)
+
+
+def begin(settings: PrepareSettings) -> tuple[Ledger, SampleMaker]:
+    """The ledger of `settings` with its plan written, and what makes the samples of its chunks."""
+    processor = load_processor(settings)
+    terms = make_terms(settings, processor)
+    chunks = [
+        chunk
+        for number, source in enumerate(terms.sources)
+        for chunk in index_source(number, source, source.path, terms.chunk_rows)
+    ]
+    ledger = Ledger(settings.output, Plan(terms=terms, chunks=chunks), settings.max_quarantined_share)
+    storage.write_bytes(storage.join(settings.output, CONFIG_NAME), dump_settings(settings).encode())
+    return ledger, SampleMaker(terms, [SourceFiles(s.path, s.image_root) for s in terms.sources], processor)
+
+
+def do_chunk(ledger: Ledger, maker: SampleMaker, number: int) -> Receipt:
+    """Write one chunk's shard; its receipt is not committed."""
+    work: Any = Work(ledger.plan_identity, ledger.plan.terms, (), ledger.output, None)  # type: ignore[arg-type]
+    [text] = write_chunk(maker(number, ledger.plan.chunks[number]), work)["receipt"].to_pylist()
+    return Receipt.model_validate_json(text)
+
+
+def prepare_here(settings: PrepareSettings) -> Manifest:
+    """What `prepare` does, one chunk after the other."""
+    ledger, maker = begin(settings)
+    for number in ledger.pending:
+        ledger.commit(do_chunk(ledger, maker, number))
+    return ledger.publish()
