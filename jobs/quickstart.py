@@ -20,8 +20,9 @@ from pydantic import NonNegativeInt, PositiveInt
 from flashsloth import FlashSlothImageProcessor, FlashSlothProcessor
 from pipelines.report.contents import Goal, Picture, Report, Step, TypeScore, score_replies
 from pipelines.report.interview import converse, free_port, wait_until_healthy
-from pipelines.report.page import duration, write_report
+from pipelines.report.page import write_report
 from pipelines.report.sources import data_facts, environment_facts, pictures_of, replies_of, stage_of
+from pipelines.report.templates import duration
 from pipelines.scenes.corpus import DrawnCorpus, corpus_texts, draw_corpus
 from pipelines.scenes.tokenizer import train_tokenizer
 from pipelines.settings import JobSettings, Section, dump_settings, load_settings

@@ -7,6 +7,7 @@ some receipts; the next run with the same settings does the chunks that have non
 from __future__ import annotations
 
 import math
+import time
 
 import ray
 
@@ -14,6 +15,7 @@ from flashsloth import FlashSlothProcessor
 from pipelines import storage
 from pipelines.encode import EncoderFacts, encoder_facts
 from pipelines.preparation.chain import run_chunks
+from pipelines.preparation.data_receipt import LastRun
 from pipelines.preparation.ledger import Ledger
 from pipelines.preparation.plan import (
     Chunk,
@@ -67,8 +69,9 @@ def prepare(settings: PrepareSettings) -> Manifest | None:
         return None
     ledger = Ledger(output, plan, settings.max_quarantined_share)
     storage.write_bytes(storage.join(output, CONFIG_NAME), dump_settings(settings).encode())
+    begun_with, start = ledger.num_done, time.monotonic()
     _run(ledger, files, processor, settings)
-    return ledger.publish()
+    return ledger.publish(LastRun(rows=ledger.num_done - begun_with, seconds=time.monotonic() - start))
 
 
 def make_terms(settings: PrepareSettings, processor: FlashSlothProcessor) -> Terms:
@@ -121,10 +124,13 @@ def _run(
     progress = Progress(ledger.plan.num_rows, ledger.num_done)
     if not ledger.pending:
         return
-    for receipt in run_chunks(ledger.plan, ledger.pending, files, ledger.output, processor, settings.encoder):
-        ledger.commit(receipt)
-        ledger.check_share()
-        progress.update(ledger.num_done, ledger.num_quarantined)
+    try:
+        for receipt in run_chunks(ledger.plan, ledger.pending, files, ledger.output, processor, settings.encoder):
+            ledger.commit(receipt)
+            ledger.check_share()
+            progress.update(ledger.num_done, ledger.num_quarantined)
+    finally:
+        progress.finish(ledger.num_done, ledger.num_quarantined)
 
 
 def _source_files(source: SourceTerms) -> SourceFiles:

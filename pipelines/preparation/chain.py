@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from ray.exceptions import RayTaskError
 
 from flashsloth import FlashSlothProcessor
 from pipelines.encode import PatchEncoder
+from pipelines.preparation.facts import chunk_facts
 from pipelines.preparation.plan import Chunk, Plan, Terms
 from pipelines.preparation.samples import SampleMaker, SourceFiles
 from pipelines.preparation.settings import EncoderSettings
@@ -30,6 +32,7 @@ from pipelines.shards.receipts import QuarantinedRow, Receipt, account
 from pipelines.shards.schema import QUARANTINE_SCHEMA, SAMPLE_SCHEMA
 from pipelines.shards.writer import write_shard
 
+_EXAMPLES = 12  # thumbnails in the data receipt, about
 _LOUD_LOGGERS = ("exceptions", "_internal.execution.streaming_executor_state", "_internal.progress")
 
 
@@ -46,6 +49,8 @@ class Work:
     output: str
     processor: ray.ObjectRef
     """The processor itself, which a worker fetches once: its path need not exist on the other machines."""
+    example_every: int = 1
+    """Of every so many chunks, one gives a thumbnail."""
 
 
 def run_chunks(
@@ -61,7 +66,8 @@ def run_chunks(
     Raises:
         what a task raised, without Ray's wrapping: PlanError, AccountingError, OSError, ...
     """
-    work = Work(plan.identity(), plan.terms, files, output, ray.put(processor))
+    example_every = max(1, len(plan.chunks) // _EXAMPLES)
+    work = Work(plan.identity(), plan.terms, files, output, ray.put(processor), example_every)
     items = [{"number": number, **plan.chunks[number].model_dump()} for number in pending]
     whole_block: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
     with DataContext.current(_context()):
@@ -120,10 +126,14 @@ class FeatureActor:
         rows = [row for row, has in enumerate(samples["image"].is_valid().to_pylist()) if has]
         if not rows:
             return samples
-        changed = ("image", "image_shape", "image_dtype", "reason", "detail")
+        changed = ("image", "image_shape", "image_dtype", "reason", "detail", "encode_seconds")
         columns = {name: samples[name].to_pylist() for name in changed}
         pixels = [np.frombuffer(columns["image"][row], np.uint8).reshape(columns["image_shape"][row]) for row in rows]
-        for row, features in zip(rows, self.encoder(np.stack(pixels)), strict=True):
+        start = time.perf_counter()
+        encoded = self.encoder(np.stack(pixels))
+        seconds = (time.perf_counter() - start) / len(rows)
+        for row, features in zip(rows, encoded, strict=True):
+            columns["encode_seconds"][row] = seconds
             columns["image"][row] = features.tobytes()
             columns["image_shape"][row], columns["image_dtype"][row] = list(features.shape), str(features.dtype)
             if not np.isfinite(features).all():
@@ -143,12 +153,15 @@ def write_chunk(samples: pa.Table, work: Work) -> pa.Table:
     good = good.select(SAMPLE_SCHEMA.names).cast(SAMPLE_SCHEMA)
     rejected = samples.filter(bad).select(QUARANTINE_SCHEMA.names)
     account(samples["key"].to_pylist(), good["key"].to_pylist(), rejected["key"].to_pylist())
+    start = time.perf_counter()
+    shard = write_shard(work.output, good) if good.num_rows else None
     receipt = Receipt(
         plan=work.plan_identity,
         chunk=samples["chunk"][0].as_py(),
         planned=samples.num_rows,
-        shard=write_shard(work.output, good) if good.num_rows else None,
+        shard=shard,
         quarantined=[QuarantinedRow(**row) for row in rejected.to_pylist()],
+        facts=chunk_facts(samples, time.perf_counter() - start),
     )
     return pa.table({"receipt": [receipt.model_dump_json()]})
 
@@ -163,7 +176,7 @@ def _maker(work: Work) -> SampleMaker:
         # A task has one CPU. Threads for the few short texts of a conversation cost more than the texts.
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         _MAKERS.clear()
-        _MAKERS[key] = SampleMaker(work.terms, work.files, ray.get(work.processor))
+        _MAKERS[key] = SampleMaker(work.terms, work.files, ray.get(work.processor), work.example_every)
     return _MAKERS[key]
 
 

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines import storage
+from pipelines.preparation.data_receipt import LastRun, gather, write_data_receipt
 from pipelines.preparation.plan import PLAN_NAME, Plan, PlanError, load_plan
 from pipelines.shards.manifest import MANIFEST_NAME, Manifest, QuarantineEntry
 from pipelines.shards.receipts import RECEIPT_FOLDER, AccountingError, QuarantinedRow, Receipt
@@ -82,8 +83,11 @@ class Ledger:
             "another output"
         )
 
-    def publish(self) -> Manifest:
-        """Write the table of quarantined rows and then, last of all, the manifest.
+    def publish(self, run: LastRun | None = None) -> Manifest:
+        """Write the table of quarantined rows, the data receipt and then, last of all, the manifest.
+
+        Args:
+            run: what the run that publishes has done, for the data receipt.
 
         Raises:
             PublishError: too many rows are quarantined, or another manifest is there already.
@@ -92,6 +96,7 @@ class Ledger:
         self.check_share()
         self._account()
         manifest = self._manifest()
+        write_data_receipt(self.output, gather(self.plan, list(self._ordered()), manifest, run))
         uri = storage.join(self.output, MANIFEST_NAME)
         if not storage.put_if_absent(uri, manifest.to_json()) and storage.read_bytes(uri) != manifest.to_json():
             raise PublishError(f"{uri}: a different manifest is there already; prepare into another output")

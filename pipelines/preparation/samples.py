@@ -20,13 +20,20 @@ from flashsloth.conversation import ConversationError
 from flashsloth.image_processing_flashsloth import ImageError, decode_image
 from pipelines import storage
 from pipelines.corpora import FORMATS
+from pipelines.preparation.facts import FACT_COLUMNS, Stopwatch, thumbnail
 from pipelines.preparation.plan import Chunk, PlanError, Terms, row_key
 from pipelines.records import Record, Row, RowError
 from pipelines.shards.schema import IGNORED_LABEL, SAMPLE_SCHEMA
 
-# Beside the sample: which chunk a row belongs to, where a person finds it, and, for a bad row, what is wrong.
+# Beside the sample: which chunk a row belongs to, where a person finds it, for a bad row what is wrong, and what the
+# data receipt tells.
 WORK_SCHEMA = pa.schema(
-    [*SAMPLE_SCHEMA, ("chunk", pa.int32()), *((name, pa.string()) for name in ("location", "reason", "detail"))]
+    [
+        *SAMPLE_SCHEMA,
+        ("chunk", pa.int32()),
+        *((name, pa.string()) for name in ("location", "reason", "detail")),
+        *FACT_COLUMNS,
+    ]
 )
 
 # Images of a chunk are fetched ahead of the one that is decoded: an object store answers in tens of milliseconds.
@@ -50,12 +57,18 @@ class SampleMaker:
         terms: the plan's terms.
         files: where each source of the plan lies.
         processor: decides ids and pixels.
+        example_every: of every so many chunks, one gives a thumbnail to the data receipt.
     """
 
-    def __init__(self, terms: Terms, files: Sequence[SourceFiles], processor: FlashSlothProcessor) -> None:
+    def __init__(
+        self, terms: Terms, files: Sequence[SourceFiles], processor: FlashSlothProcessor, example_every: int = 1
+    ) -> None:
         self.terms = terms
         self.files = files
         self.processor = processor
+        self.example_every = example_every
+        self._watch = Stopwatch()
+        self._wants_example = False
 
     def __call__(self, number: int, chunk: Chunk) -> pa.Table:
         """The rows of `chunk`, the plan's chunk number `number`, as a table with the columns of WORK_SCHEMA.
@@ -64,7 +77,10 @@ class SampleMaker:
             PlanError: the source's file has changed since the plan was made.
         """
         source, files = self.terms.sources[chunk.source], self.files[chunk.source]
-        rows = list(FORMATS[source.format].read(files.path, chunk.span))
+        self._watch = Stopwatch()
+        self._wants_example = number % self.example_every == 0
+        with self._watch.time("read"):
+            rows = list(FORMATS[source.format].read(files.path, chunk.span))
         # After reading, so that a change before it or meanwhile is seen.
         fingerprint = storage.fingerprint(files.path)
         if fingerprint != source.fingerprint or len(rows) != chunk.rows:
@@ -76,7 +92,8 @@ class SampleMaker:
             {**_EMPTY, "chunk": number, "key": row_key(source.name, row.position), "source": source.name}
             | {"location": row.location}
             | self._sample(row.content, image)
-            for row, image in _with_images(rows, files.image_root, source.name)
+            | self._watch.take()
+            for row, image in self._watch.each("read", _with_images(rows, files.image_root, source.name))
         ]
         return pa.Table.from_pylist(samples, schema=WORK_SCHEMA)
 
@@ -86,12 +103,14 @@ class SampleMaker:
         try:
             if isinstance(image, RowError):
                 raise image
-            tokens = self.processor.encode(
-                content.messages, image is not None, self.terms.layout, max_length=self.terms.max_length
-            )
+            with self._watch.time("tokenize"):
+                tokens = self.processor.encode(
+                    content.messages, image is not None, self.terms.layout, max_length=self.terms.max_length
+                )
             if all(label == IGNORED_LABEL for label in tokens["labels"]):
                 raise RowError("no_loss_tokens", "no token of this row is learned: it ends without an answer")
-            payload = {} if image is None else self._payload(image)
+            with self._watch.time("decode"):
+                payload = {} if image is None else self._payload(image)
         except (RowError, ImageError, ConversationError) as error:
             return _rejected(error, content.id)
         own = {"id": content.id, "messages": content.messages, "question_types": content.question_types}
@@ -99,15 +118,19 @@ class SampleMaker:
 
     def _payload(self, data: bytes) -> dict[str, Any]:
         image = decode_image(data)  # for payload `original` too: what is stored can be decoded
+        facts: dict[str, Any] = {"image_side": max(image.size)}
+        if self._wants_example:
+            self._wants_example = False
+            facts["thumbnail"] = thumbnail(image)
         if self.terms.payload == "original":
-            return {"image": data, "image_shape": [], "image_dtype": ""}
+            return {"image": data, "image_shape": [], "image_dtype": ""} | facts
         # Features begin as pixels: the tower's actor turns them into features.
         pixels = self.processor.image_processor.to_uint8(image)
         return {
             "image": pixels.tobytes(),
             "image_shape": list(pixels.shape),
             "image_dtype": str(pixels.dtype),
-        }
+        } | facts
 
 
 def _rejected(error: RowError | ImageError | ConversationError, own_id: str) -> dict[str, Any]:

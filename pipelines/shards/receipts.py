@@ -32,6 +32,32 @@ class QuarantinedRow(BaseModel):
     detail: str
 
 
+class Example(BaseModel):
+    """A row to look at."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    key: str
+    messages: list[dict[str, str]]
+    num_tokens: int
+    thumbnail: str
+    """A small JPEG in base64."""
+
+
+class ChunkFacts(BaseModel):
+    """What the data receipt tells of a chunk. Its times differ from run to run, the dataset does not."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    ids: str = ""
+    """uint64 of each row that has an own id, little-endian in base64: a hash of the id, to count repeats by."""
+    image_sides: dict[int, int] = {}
+    """Longer side in pixels, as received -> images."""
+    seconds: dict[str, float] = {}
+    """Step -> seconds of one worker."""
+    examples: list[Example] = []
+
+
 class Receipt(BaseModel):
     """What became of the rows of one chunk."""
 
@@ -44,6 +70,7 @@ class Receipt(BaseModel):
     shard: ShardEntry | None
     """None where every row of the chunk is quarantined."""
     quarantined: list[QuarantinedRow]
+    facts: ChunkFacts = ChunkFacts()
 
     @property
     def written(self) -> int:

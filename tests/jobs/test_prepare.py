@@ -189,6 +189,8 @@ def test_from_s3_to_s3(tmp_path: Path, s3_uri: str) -> None:
         "manifest.json",
         "plan.json",
         "quarantine.parquet",
+        "receipt.html",
+        "receipt.json",
         "receipts",
         "shards",
     ]

@@ -11,7 +11,6 @@ import pytest
 from pipelines import storage
 from pipelines.preparation.ledger import Ledger, PublishError
 from pipelines.preparation.plan import Chunk, Plan, PlanError, SourceTerms, Terms, load_plan
-from pipelines.preparation.progress import Progress
 from pipelines.shards import Manifest
 from pipelines.shards.receipts import AccountingError, QuarantinedRow, Receipt
 from pipelines.shards.schema import SAMPLE_SCHEMA
@@ -155,8 +154,3 @@ def test_another_manifest_is_not_overwritten(tmp_path: Path) -> None:
     storage.write_bytes(str(tmp_path / "manifest.json"), b"{}")
     with pytest.raises(PublishError, match="a different manifest"):
         ledger.publish()
-
-
-def test_progress_line_says_rate_and_time_left() -> None:
-    line = Progress(planned=10_000, done=1_000).line(3_000, 7, seconds=20.0)
-    assert line == "3,000 of 10,000 rows (30.0%), 100 rows/s, 7 quarantined, 70 s left"

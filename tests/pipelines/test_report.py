@@ -17,8 +17,9 @@ from pipelines.report.contents import Goal, Picture, Reply, Report, Stage, Step,
 from pipelines.report.curves import loss_curve, running_mean
 from pipelines.report.findings import describe_stage, judge, margin
 from pipelines.report.interview import free_port, wait_until_healthy
-from pipelines.report.page import duration, render, write_report
+from pipelines.report.page import render, write_report
 from pipelines.report.sources import data_facts, environment_facts, pictures_of, replies_of, stage_of
+from pipelines.report.templates import duration
 from pipelines.shards.manifest import Manifest
 from tests.prepared import coloured_rows, write_prepared
 
