@@ -6,16 +6,17 @@ some receipts; the next run with the same settings does the chunks that have non
 
 from __future__ import annotations
 
-import math
 import time
+from collections.abc import Callable, Iterator
 
 import ray
 
 from flashsloth import FlashSlothProcessor
 from pipelines import storage
-from pipelines.encode import EncoderFacts, encoder_facts
+from pipelines.encode import EncoderError, EncoderFacts, encoder_facts
 from pipelines.preparation.chain import run_chunks
 from pipelines.preparation.data_receipt import LastRun
+from pipelines.preparation.estimate import estimate_bytes, image_bytes
 from pipelines.preparation.ledger import Ledger
 from pipelines.preparation.plan import (
     Chunk,
@@ -34,8 +35,10 @@ from pipelines.preparation.samples import SourceFiles
 from pipelines.preparation.settings import CONFIG_NAME, PrepareSettings
 from pipelines.ray_session import start_ray
 from pipelines.settings import dump_settings
-from pipelines.shards.manifest import MANIFEST_NAME, Manifest, Payload
+from pipelines.shards.manifest import MANIFEST_NAME, Manifest
+from pipelines.shards.receipts import Receipt
 
+_ENCODER_TRIES = 3
 # A worker holds a chunk a few times over (samples, shard, its bytes); Ray advises blocks of 128 MB at most.
 _BYTES_PER_CHUNK = 100 * 2**20
 _ROWS_PER_CHUNK = 500  # of encoded images: about 75 MB
@@ -66,6 +69,7 @@ def prepare(settings: PrepareSettings) -> Manifest | None:
     plan = plan or make_plan(terms, files)
     print(_describe(plan), flush=True)
     if settings.dry_run:
+        print(f"about {estimate_bytes(plan, files) / 1e9:,.3f} GB of shards, by a look at a few chunks", flush=True)
         return None
     ledger = Ledger(output, plan, settings.max_quarantined_share)
     storage.write_bytes(storage.join(output, CONFIG_NAME), dump_settings(settings).encode())
@@ -78,15 +82,18 @@ def make_terms(settings: PrepareSettings, processor: FlashSlothProcessor) -> Ter
     """What decides the bytes of the dataset, read from `settings` and the files that they name."""
     tower = encoder_facts(settings.encoder.path) if settings.encoder else None
     shape = _image_shape(settings, processor, tower)
+    dtype = settings.encoder.dtype if settings.encoder else "uint8" if settings.payload == "pixels" else None
     return Terms(
         sources=[source_terms(source) for source in settings.sources],
         layout=settings.layout,
         payload=settings.payload,
         max_length=settings.max_length or processor.max_length,
-        chunk_rows=settings.chunk_rows or _chunk_rows(settings.payload, shape),
+        chunk_rows=settings.chunk_rows or _chunk_rows(shape, dtype),
         tiling=processor.image_processor.tiling,
         num_image_tokens=processor.num_image_tokens,
         image_shape=shape,
+        image_dtype=dtype,
+        share_images=settings.share_images,
         processor_identity=processor.identity(),
         encoder_identity=tower.identity if tower else None,
         code=code_identity(),
@@ -124,13 +131,40 @@ def _run(
     progress = Progress(ledger.plan.num_rows, ledger.num_done)
     if not ledger.pending:
         return
+
+    def pending() -> Iterator[Receipt]:
+        return run_chunks(ledger.plan, ledger.pending, files, ledger.output, processor, settings.encoder)
+
     try:
-        for receipt in run_chunks(ledger.plan, ledger.pending, files, ledger.output, processor, settings.encoder):
+        for receipt in retried(pending):
             ledger.commit(receipt)
             ledger.check_share()
             progress.update(ledger.num_done, ledger.num_quarantined)
     finally:
         progress.finish(ledger.num_done, ledger.num_quarantined)
+
+
+def retried(pending: Callable[[], Iterator[Receipt]]) -> Iterator[Receipt]:
+    """The receipts of all pending chunks; begins anew, with new workers, where an accelerator fails.
+
+    A CUDA error leaves its process unable to use the GPU, so only another process can show whether it was a passing
+    one.
+
+    Raises:
+        EncoderError: it failed three times without a chunk done in between.
+    """
+    failures = 0
+    while True:
+        try:
+            for receipt in pending():
+                failures = 0
+                yield receipt
+            return
+        except EncoderError as error:
+            failures += 1
+            if failures == _ENCODER_TRIES:
+                raise
+            print(f"{error}; trying again with new workers ({failures} of {_ENCODER_TRIES - 1})", flush=True)
 
 
 def _source_files(source: SourceTerms) -> SourceFiles:
@@ -152,22 +186,15 @@ def _image_shape(
     return [images.num_tiles, tower.num_patches, tower.width]
 
 
-def _image_bytes(payload: Payload, shape: list[int] | None) -> int | None:
-    return math.prod(shape) * (2 if payload == "features" else 1) if shape else None
-
-
-def _chunk_rows(payload: Payload, shape: list[int] | None) -> int:
-    image_bytes = _image_bytes(payload, shape)
-    return min(_ROWS_PER_CHUNK, max(1, _BYTES_PER_CHUNK // image_bytes)) if image_bytes else _ROWS_PER_CHUNK
+def _chunk_rows(shape: list[int] | None, dtype: str | None) -> int:
+    each = image_bytes(shape, dtype)
+    return min(_ROWS_PER_CHUNK, max(1, _BYTES_PER_CHUNK // each)) if each else _ROWS_PER_CHUNK
 
 
 def _describe(plan: Plan) -> str:
-    terms = plan.terms
-    image_bytes = _image_bytes(terms.payload, terms.image_shape)
-    size = f"at most {image_bytes * plan.num_rows / 1e9:,.2f} GB" if image_bytes else "as large as the images are"
     lines = [
         f"  {source.name}: {sum(chunk.rows for chunk in plan.chunks if chunk.source == number):,} rows of {source.path}"
-        for number, source in enumerate(terms.sources)
+        for number, source in enumerate(plan.terms.sources)
     ]
-    total = f"{plan.num_rows:,} rows in {len(plan.chunks):,} chunks, images as {terms.payload}, {size}"
+    total = f"{plan.num_rows:,} rows in {len(plan.chunks):,} chunks, images as {plan.terms.payload}"
     return "\n".join([f"plan {plan.identity()[:12]}: {total}", *lines])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from pipelines import storage
-from pipelines.preparation.chain import Work, write_chunk
+from pipelines.preparation.chain import FeatureActor, Work, write_chunk
 from pipelines.preparation.ledger import Ledger
 from pipelines.preparation.plan import Plan, index_source
 from pipelines.preparation.processor import load_processor
@@ -14,6 +17,7 @@ from pipelines.preparation.samples import SampleMaker, SourceFiles
 from pipelines.preparation.settings import CONFIG_NAME, PrepareSettings
 from pipelines.prepare import make_terms
 from pipelines.settings import dump_settings
+from pipelines.shards.images import ImageStore
 from pipelines.shards.manifest import Manifest
 from pipelines.shards.receipts import Receipt
 
@@ -40,19 +44,26 @@ def begin(settings: PrepareSettings) -> tuple[Ledger, SampleMaker]:
     ]
     ledger = Ledger(settings.output, Plan(terms=terms, chunks=chunks), settings.max_quarantined_share)
     storage.write_bytes(storage.join(settings.output, CONFIG_NAME), dump_settings(settings).encode())
-    return ledger, SampleMaker(terms, [SourceFiles(s.path, s.image_root) for s in terms.sources], processor)
+    files = [SourceFiles(source.path, source.image_root) for source in terms.sources]
+    store = ImageStore(settings.output) if settings.share_images else None
+    return ledger, SampleMaker(terms, files, processor, store=store)
 
 
-def do_chunk(ledger: Ledger, maker: SampleMaker, number: int) -> Receipt:
+def do_chunk(
+    ledger: Ledger, maker: SampleMaker, number: int, features: Callable[[pa.Table], pa.Table] | None = None
+) -> Receipt:
     """Write one chunk's shard; its receipt is not committed."""
+    samples = maker(number, ledger.plan.chunks[number])
+    samples = features(samples) if features else samples
     work: Any = Work(ledger.plan_identity, ledger.plan.terms, (), ledger.output, None)  # type: ignore[arg-type]
-    [text] = write_chunk(maker(number, ledger.plan.chunks[number]), work)["receipt"].to_pylist()
+    [text] = write_chunk(samples, work)["receipt"].to_pylist()
     return Receipt.model_validate_json(text)
 
 
 def prepare_here(settings: PrepareSettings) -> Manifest:
     """What `prepare` does, one chunk after the other."""
     ledger, maker = begin(settings)
+    features = FeatureActor(settings.encoder) if settings.encoder else None
     for number in ledger.pending:
-        ledger.commit(do_chunk(ledger, maker, number))
+        ledger.commit(do_chunk(ledger, maker, number, features))
     return ledger.publish()

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from functools import partial, wraps
 from typing import Any, ParamSpec
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
@@ -25,11 +24,13 @@ from ray.exceptions import RayTaskError
 from flashsloth import FlashSlothProcessor
 from pipelines.encode import PatchEncoder
 from pipelines.preparation.facts import chunk_facts
+from pipelines.preparation.features import with_features
 from pipelines.preparation.plan import Chunk, Plan, Terms
 from pipelines.preparation.samples import SampleMaker, SourceFiles
 from pipelines.preparation.settings import EncoderSettings
+from pipelines.shards.images import ImageStore
 from pipelines.shards.receipts import QuarantinedRow, Receipt, account
-from pipelines.shards.schema import QUARANTINE_SCHEMA, SAMPLE_SCHEMA
+from pipelines.shards.schema import IMAGE_SCHEMA, QUARANTINE_SCHEMA, SAMPLE_SCHEMA
 from pipelines.shards.writer import write_shard
 
 _EXAMPLES = 12  # thumbnails in the data receipt, about
@@ -64,7 +65,7 @@ def run_chunks(
     """Carry out the chunks `pending` of `plan`; yields their receipts, uncommitted, as they are done, in any order.
 
     Raises:
-        what a task raised, without Ray's wrapping: PlanError, AccountingError, OSError, ...
+        what a task raised, without Ray's wrapping: PlanError, EncoderError, AccountingError, OSError, ...
     """
     example_every = max(1, len(plan.chunks) // _EXAMPLES)
     work = Work(plan.identity(), plan.terms, files, output, ray.put(processor), example_every)
@@ -119,41 +120,25 @@ class FeatureActor:
 
     def __init__(self, encoder: EncoderSettings) -> None:
         self.encoder = PatchEncoder(encoder.path, encoder.batch_size)
+        self.dtype = encoder.dtype
 
     @_carried
     def __call__(self, samples: pa.Table) -> pa.Table:
-        """Replace the pixels of `samples`; a row whose features are not finite gets the reason `non_finite`."""
-        rows = [row for row, has in enumerate(samples["image"].is_valid().to_pylist()) if has]
-        if not rows:
-            return samples
-        changed = ("image", "image_shape", "image_dtype", "reason", "detail", "encode_seconds")
-        columns = {name: samples[name].to_pylist() for name in changed}
-        pixels = [np.frombuffer(columns["image"][row], np.uint8).reshape(columns["image_shape"][row]) for row in rows]
-        start = time.perf_counter()
-        encoded = self.encoder(np.stack(pixels))
-        seconds = (time.perf_counter() - start) / len(rows)
-        for row, features in zip(rows, encoded, strict=True):
-            columns["encode_seconds"][row] = seconds
-            columns["image"][row] = features.tobytes()
-            columns["image_shape"][row], columns["image_dtype"][row] = list(features.shape), str(features.dtype)
-            if not np.isfinite(features).all():
-                columns["reason"][row] = "non_finite"
-                columns["detail"][row] = f"{np.count_nonzero(~np.isfinite(features))} of {features.size} features"
-        for name, values in columns.items():
-            field = samples.schema.field(name)
-            samples = samples.set_column(samples.schema.get_field_index(name), field, pa.array(values, field.type))
-        return samples
+        """Replace the pixels of `samples`; what the tower cannot take gets a reason."""
+        return with_features(samples, self.encoder, self.dtype)
 
 
 @_carried
 def write_chunk(samples: pa.Table, work: Work) -> pa.Table:
     """The samples of one chunk -> its shard, written, and its receipt as JSON."""
+    samples = _with_shared_reasons(samples) if work.terms.share_images else samples
     bad = samples["reason"].is_valid()
     good = samples.filter(pc.invert(bad)) if pc.any(bad).as_py() else samples  # a filter copies every image
     good = good.select(SAMPLE_SCHEMA.names).cast(SAMPLE_SCHEMA)
     rejected = samples.filter(bad).select(QUARANTINE_SCHEMA.names)
     account(samples["key"].to_pylist(), good["key"].to_pylist(), rejected["key"].to_pylist())
     start = time.perf_counter()
+    good = _images_apart(good, ImageStore(work.output)) if work.terms.share_images else good
     shard = write_shard(work.output, good) if good.num_rows else None
     receipt = Receipt(
         plan=work.plan_identity,
@@ -166,6 +151,36 @@ def write_chunk(samples: pa.Table, work: Work) -> pa.Table:
     return pa.table({"receipt": [receipt.model_dump_json()]})
 
 
+def _with_shared_reasons(samples: pa.Table) -> pa.Table:
+    """A row whose image the tower refused when it stood in an earlier row of the chunk goes the same way as that."""
+    columns = {name: samples[name].to_pylist() for name in ("image_key", "reason", "detail")}
+    refused = {
+        key: (reason, detail)
+        for key, reason, detail in zip(*columns.values(), strict=True)
+        if key and reason is not None
+    }
+    if not refused:
+        return samples
+    for row, key in enumerate(columns["image_key"]):
+        if key in refused:
+            columns["reason"][row], columns["detail"][row] = refused[key]
+    for name in ("reason", "detail"):
+        samples = samples.set_column(samples.schema.get_field_index(name), name, pa.array(columns[name], pa.string()))
+    return samples
+
+
+def _images_apart(samples: pa.Table, store: ImageStore) -> pa.Table:
+    """`samples` (columns: SAMPLE_SCHEMA) with their images in `store`; the rows keep the keys alone."""
+    mine = pc.and_(samples["image_key"].is_valid(), samples["image"].is_valid())
+    store.put(samples.filter(mine).select(IMAGE_SCHEMA.names))
+    for name in IMAGE_SCHEMA.names:
+        if name != "image_key":
+            field = samples.schema.field(name)
+            empty = pa.nulls(samples.num_rows, field.type)
+            samples = samples.set_column(samples.schema.get_field_index(name), field, empty)
+    return samples
+
+
 # A worker process runs many chunks: it unpacks the processor (a large tokenizer) once.
 _MAKERS: dict[tuple[str, tuple[SourceFiles, ...]], SampleMaker] = {}
 
@@ -176,7 +191,8 @@ def _maker(work: Work) -> SampleMaker:
         # A task has one CPU. Threads for the few short texts of a conversation cost more than the texts.
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         _MAKERS.clear()
-        _MAKERS[key] = SampleMaker(work.terms, work.files, ray.get(work.processor), work.example_every)
+        store = ImageStore(work.output) if work.terms.share_images else None
+        _MAKERS[key] = SampleMaker(work.terms, work.files, ray.get(work.processor), work.example_every, store)
     return _MAKERS[key]
 
 
@@ -197,6 +213,6 @@ def _context() -> DataContext:
 
 def _actors(encoder: EncoderSettings) -> dict[str, Any]:
     num_gpus = ray.cluster_resources().get("GPU", 0)
-    workers = encoder.workers or max(1, int(num_gpus / encoder.num_gpus))
+    most = encoder.max_workers or max(encoder.min_workers, int(num_gpus / encoder.num_gpus))
     share = {"num_gpus": encoder.num_gpus} if num_gpus else {"num_cpus": 1}
-    return {"compute": ActorPoolStrategy(size=workers), **share}
+    return {"compute": ActorPoolStrategy(min_size=encoder.min_workers, max_size=most), **share}

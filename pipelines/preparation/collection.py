@@ -1,7 +1,7 @@
 """Garbage collection: what killed runs have left in a prepared folder, and no receipt names.
 
-A run that is killed may leave shards without a receipt and, on a disk, half-written temporary files. No reader opens
-them, they only take room.
+A run that is killed may leave shards without a receipt, shared images that no row names and, on a disk, half-written
+temporary files. No reader opens them, they only take room.
 
 What is garbage is only certain once the manifest is there: until then a worker may have written a shard a moment ago
 whose receipt is still on its way. So an unfinished folder is refused, unless an age is given, and then nothing younger
@@ -16,10 +16,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+import pyarrow as pa
 from fsspec import AbstractFileSystem
 
 from pipelines import storage
 from pipelines.preparation.plan import PLAN_NAME
+from pipelines.shards.images import IMAGE_FOLDER, image_keys, image_name
 from pipelines.shards.manifest import MANIFEST_NAME
 from pipelines.shards.receipts import RECEIPT_FOLDER, Receipt
 from pipelines.shards.writer import SHARD_FOLDER
@@ -46,14 +48,16 @@ def find_garbage(folder: str, older_than_hours: float | None = None) -> list[Gar
 
     Args:
         folder: where `jobs/prepare.py` wrote; a local path or any URI of fsspec.
-        older_than_hours: only what was written before; needed where the preparation has not finished.
+        older_than_hours: only what was written before; needed where the preparation has not finished, and then shared
+            images stay in any case.
 
     Raises:
         CollectionError: nothing was prepared here, or it has not finished and no age is given.
     """
     if not storage.exists(storage.join(folder, PLAN_NAME)):
         raise CollectionError(f"{folder}: no {PLAN_NAME} here, so nothing was prepared into it; nothing is removed")
-    if older_than_hours is None and not storage.exists(storage.join(folder, MANIFEST_NAME)):
+    is_finished = storage.exists(storage.join(folder, MANIFEST_NAME))
+    if older_than_hours is None and not is_finished:
         raise CollectionError(
             f"{folder}: the preparation has not finished, and a shard without a receipt may be one that a worker has "
             "just written. Run the preparation to its end first; or, where no driver is running, say with --older-than "
@@ -64,11 +68,14 @@ def find_garbage(folder: str, older_than_hours: float | None = None) -> list[Gar
     # Listed before the receipts are read: what is committed in between is then seen as named.
     listed = list(_leftovers(file_system, root, now))
     named = _named(folder)
+    shared = {path for path in (_below(root, each.path) for each in listed) if path.startswith(f"{IMAGE_FOLDER}/")}
+    if shared:
+        # However old: a worker that finds an image here writes a row that names it, and not the image again.
+        named |= _named_images(folder, named) if is_finished else shared
     found = [
         each
         for each in listed
-        if each.path.removeprefix(root).lstrip("/") not in named
-        and (older_than_hours is None or each.age_hours >= older_than_hours)
+        if _below(root, each.path) not in named and (older_than_hours is None or each.age_hours >= older_than_hours)
     ]
     return sorted(found, key=lambda each: (-each.bytes, each.path))
 
@@ -92,15 +99,15 @@ def remove(folder: str, garbage: list[Garbage]) -> list[Garbage]:
 
 
 def _leftovers(file_system: AbstractFileSystem, root: str, now: float) -> Iterator[Garbage]:
-    """Every shard, named or not, and every temporary file."""
-    for folder in ("", RECEIPT_FOLDER, SHARD_FOLDER):
-        path = storage.join(root, folder) if folder else root
-        if not file_system.exists(path):
-            continue
-        for facts in file_system.ls(path, detail=True):
-            is_temporary = facts["name"].endswith(_TEMPORARY_SUFFIX)
-            if facts["type"] == "file" and (is_temporary or folder == SHARD_FOLDER):
-                yield Garbage(facts["name"], facts["size"], (now - _written_at(facts)) / 3600)
+    """Every shard and shared image, named or not, and every temporary file."""
+    for path, facts in file_system.find(root, detail=True).items():
+        is_data = _below(root, path).startswith((f"{SHARD_FOLDER}/", f"{IMAGE_FOLDER}/"))
+        if is_data or path.endswith(_TEMPORARY_SUFFIX):
+            yield Garbage(path, facts["size"], (now - _written_at(facts)) / 3600)
+
+
+def _below(root: str, path: str) -> str:
+    return path.removeprefix(root).lstrip("/")
 
 
 def _named(folder: str) -> set[str]:
@@ -109,6 +116,14 @@ def _named(folder: str) -> set[str]:
     texts = storage.read_many([storage.join(folder, RECEIPT_FOLDER, name) for name in names])
     receipts = map(Receipt.model_validate_json, texts)
     return {receipt.shard.name for receipt in receipts if receipt.shard}
+
+
+def _named_images(folder: str, shards: set[str]) -> set[str]:
+    """Paths, below `folder`, of the shared images that the rows of `shards` name."""
+    keys: set[str] = set()
+    for name in shards:
+        keys |= image_keys(pa.ipc.open_file(pa.py_buffer(storage.read_bytes(storage.join(folder, name)))))
+    return {image_name(key) for key in keys}
 
 
 def _written_at(facts: dict[str, Any]) -> float:

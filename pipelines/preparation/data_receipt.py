@@ -86,6 +86,9 @@ class DataReceipt(_Part):
     payload: str
     layout: str
     shard_bytes: int
+    shared_images: int
+    """Images that are stored once for all rows that name them; 0 where each row holds its own."""
+    shared_image_bytes: int
     tokens: int
     loss_tokens: int
     sources: list[SourceCounts]
@@ -99,8 +102,18 @@ class DataReceipt(_Part):
     examples: list[Example]
 
 
-def gather(plan: Plan, receipts: Sequence[Receipt], manifest: Manifest, run: LastRun | None) -> DataReceipt:
-    """Add up `receipts`, one per chunk of `plan` and in its order."""
+def gather(
+    plan: Plan, receipts: Sequence[Receipt], manifest: Manifest, run: LastRun | None, shared: tuple[int, int] = (0, 0)
+) -> DataReceipt:
+    """Add up `receipts`, one per chunk of `plan` and in its order.
+
+    Args:
+        plan: what was to be done.
+        receipts: what was done.
+        manifest: what came of it.
+        run: what the last run did.
+        shared: number of shared images and their bytes.
+    """
     identities = {
         "manifest": manifest.identity(),
         "plan": manifest.plan,
@@ -120,6 +133,8 @@ def gather(plan: Plan, receipts: Sequence[Receipt], manifest: Manifest, run: Las
         payload=manifest.payload,
         layout=manifest.layout,
         shard_bytes=sum(shard.bytes for shard in manifest.shards),
+        shared_images=shared[0],
+        shared_image_bytes=shared[1],
         tokens=sum(source.tokens for source in sources),
         loss_tokens=sum(source.loss_tokens for source in sources),
         sources=sources,

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from pipelines import storage
 from pipelines.preparation.data_receipt import LastRun, gather, write_data_receipt
 from pipelines.preparation.plan import PLAN_NAME, Plan, PlanError, load_plan
+from pipelines.shards.images import ImageStore
 from pipelines.shards.manifest import MANIFEST_NAME, Manifest, QuarantineEntry
 from pipelines.shards.receipts import RECEIPT_FOLDER, AccountingError, QuarantinedRow, Receipt
 from pipelines.shards.schema import QUARANTINE_SCHEMA, SAMPLE_SCHEMA, describe
@@ -96,7 +97,8 @@ class Ledger:
         self.check_share()
         self._account()
         manifest = self._manifest()
-        write_data_receipt(self.output, gather(self.plan, list(self._ordered()), manifest, run))
+        shared = ImageStore(self.output).total() if self.plan.terms.share_images else (0, 0)
+        write_data_receipt(self.output, gather(self.plan, list(self._ordered()), manifest, run, shared))
         uri = storage.join(self.output, MANIFEST_NAME)
         if not storage.put_if_absent(uri, manifest.to_json()) and storage.read_bytes(uri) != manifest.to_json():
             raise PublishError(f"{uri}: a different manifest is there already; prepare into another output")
@@ -149,6 +151,7 @@ class Ledger:
             tiling=terms.tiling,
             num_image_tokens=terms.num_image_tokens,
             image_shape=terms.image_shape,
+            image_dtype=terms.image_dtype,
             processor_identity=terms.processor_identity,
             encoder_identity=terms.encoder_identity,
             schema=describe(SAMPLE_SCHEMA),

@@ -18,7 +18,7 @@ from pipelines import records, storage
 from pipelines.corpora import FORMATS, json_rows, llava, spans
 from pipelines.corpora.spans import Span
 from pipelines.preparation.settings import SourceSettings
-from pipelines.shards import schema, writer
+from pipelines.shards import images, quantization, schema, writer
 from pipelines.shards.manifest import Layout, Payload
 
 PLAN_NAME = "plan.json"
@@ -55,6 +55,9 @@ class Terms(BaseModel):
     num_image_tokens: int
     image_shape: list[int] | None
     """Shape of every stored array; None where images stay encoded."""
+    image_dtype: str | None = None
+    """Type of every stored array: uint8, float16, int8; None where images stay encoded."""
+    share_images: bool = False
     processor_identity: str
     encoder_identity: str | None
     code: str
@@ -161,6 +164,8 @@ def code_identity() -> str:
         json_rows,
         llava,
         records,
+        quantization,
+        images,
         schema,
         writer,
     ]

@@ -23,6 +23,7 @@ from pipelines.corpora import FORMATS
 from pipelines.preparation.facts import FACT_COLUMNS, Stopwatch, thumbnail
 from pipelines.preparation.plan import Chunk, PlanError, Terms, row_key
 from pipelines.records import Record, Row, RowError
+from pipelines.shards.images import ImageStore
 from pipelines.shards.schema import IGNORED_LABEL, SAMPLE_SCHEMA
 
 # Beside the sample: which chunk a row belongs to, where a person finds it, for a bad row what is wrong, and what the
@@ -50,6 +51,17 @@ class SourceFiles:
     image_root: str | None
 
 
+@dataclass(frozen=True)
+class Picture:
+    """An image as it was received."""
+
+    data: bytes
+    key: str | None
+    """Its sha256, where rows share images."""
+    is_stored: bool
+    """Whether a row before, of whatever chunk, has brought it into the store."""
+
+
 class SampleMaker:
     """Makes the samples of a chunk. Holds what all chunks share; create it once per process.
 
@@ -58,17 +70,25 @@ class SampleMaker:
         files: where each source of the plan lies.
         processor: decides ids and pixels.
         example_every: of every so many chunks, one gives a thumbnail to the data receipt.
+        store: where rows share their images; None where each row holds its own.
     """
 
     def __init__(
-        self, terms: Terms, files: Sequence[SourceFiles], processor: FlashSlothProcessor, example_every: int = 1
+        self,
+        terms: Terms,
+        files: Sequence[SourceFiles],
+        processor: FlashSlothProcessor,
+        example_every: int = 1,
+        store: ImageStore | None = None,
     ) -> None:
         self.terms = terms
         self.files = files
         self.processor = processor
         self.example_every = example_every
+        self.store = store
         self._watch = Stopwatch()
         self._wants_example = False
+        self._in_chunk: set[str] = set()
 
     def __call__(self, number: int, chunk: Chunk) -> pa.Table:
         """The rows of `chunk`, the plan's chunk number `number`, as a table with the columns of WORK_SCHEMA.
@@ -78,6 +98,7 @@ class SampleMaker:
         """
         source, files = self.terms.sources[chunk.source], self.files[chunk.source]
         self._watch = Stopwatch()
+        self._in_chunk = set()
         self._wants_example = number % self.example_every == 0
         with self._watch.time("read"):
             rows = list(FORMATS[source.format].read(files.path, chunk.span))
@@ -93,11 +114,11 @@ class SampleMaker:
             | {"location": row.location}
             | self._sample(row.content, image)
             | self._watch.take()
-            for row, image in self._watch.each("read", _with_images(rows, files.image_root, source.name))
+            for row, image in self._watch.each("read", self._with_images(rows, files.image_root, source.name))
         ]
         return pa.Table.from_pylist(samples, schema=WORK_SCHEMA)
 
-    def _sample(self, content: Record | RowError, image: bytes | RowError | None) -> dict[str, Any]:
+    def _sample(self, content: Record | RowError, image: Picture | RowError | None) -> dict[str, Any]:
         if isinstance(content, RowError):
             return _rejected(content, content.id)
         try:
@@ -116,14 +137,18 @@ class SampleMaker:
         own = {"id": content.id, "messages": content.messages, "question_types": content.question_types}
         return {**own, **tokens, **payload}
 
-    def _payload(self, data: bytes) -> dict[str, Any]:
-        image = decode_image(data)  # for payload `original` too: what is stored can be decoded
-        facts: dict[str, Any] = {"image_side": max(image.size)}
+    def _payload(self, picture: Picture) -> dict[str, Any]:
+        if picture.is_stored or picture.key in self._in_chunk:
+            return {"image_key": picture.key}
+        image = decode_image(picture.data)  # for payload `original` too: what is stored can be decoded
+        facts: dict[str, Any] = {"image_key": picture.key, "image_side": max(image.size)}
+        if picture.key:
+            self._in_chunk.add(picture.key)
         if self._wants_example:
             self._wants_example = False
             facts["thumbnail"] = thumbnail(image)
         if self.terms.payload == "original":
-            return {"image": data, "image_shape": [], "image_dtype": ""} | facts
+            return {"image": picture.data, "image_shape": [], "image_dtype": ""} | facts
         # Features begin as pixels: the tower's actor turns them into features.
         pixels = self.processor.image_processor.to_uint8(image)
         return {
@@ -132,25 +157,31 @@ class SampleMaker:
             "image_dtype": str(pixels.dtype),
         } | facts
 
+    def _with_images(
+        self, rows: list[Row], root: str | None, source: str
+    ) -> Iterator[tuple[Row, Picture | RowError | None]]:
+        def fetch(row: Row) -> Picture | RowError | None:
+            image = None if isinstance(row.content, RowError) else row.content.image
+            if image is None:
+                return None
+            if isinstance(image, str):
+                if root is None:
+                    raise PlanError(
+                        f"source '{source}': {row.location} has an image, but the source has no image_root: set it"
+                    )
+                try:
+                    image = fetch_image(root, image)
+                except RowError as error:
+                    return error
+            key = storage.sha256(image) if self.store else None
+            return Picture(image, key, bool(self.store and key and self.store.has(key)))
+
+        with ThreadPoolExecutor(_FETCH_THREADS) as threads:
+            yield from zip(rows, threads.map(fetch, rows), strict=True)
+
 
 def _rejected(error: RowError | ImageError | ConversationError, own_id: str) -> dict[str, Any]:
     return {"id": own_id, "reason": error.reason, "detail": error.detail}
-
-
-def _with_images(rows: list[Row], root: str | None, source: str) -> Iterator[tuple[Row, bytes | RowError | None]]:
-    def fetch(row: Row) -> bytes | RowError | None:
-        image = None if isinstance(row.content, RowError) else row.content.image
-        if not isinstance(image, str):
-            return image
-        if root is None:
-            raise PlanError(f"source '{source}': {row.location} has an image, but the source has no image_root: set it")
-        try:
-            return fetch_image(root, image)
-        except RowError as error:
-            return error
-
-    with ThreadPoolExecutor(_FETCH_THREADS) as threads:
-        yield from zip(rows, threads.map(fetch, rows), strict=True)
 
 
 def fetch_image(root: str, image: str) -> bytes:

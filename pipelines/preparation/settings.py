@@ -48,11 +48,21 @@ class EncoderSettings(Section):
     path: str
     """A FlashSloth checkpoint or a SigLIP: a folder or a hub id."""
     batch_size: int = Field(default=32, gt=0)
-    """Tiles in one forward pass."""
-    workers: int | None = Field(default=None, gt=0)
-    """Copies of the tower; default: as many as the cluster's GPUs hold, or one on CPUs."""
+    """Tiles in one forward pass, to begin with: where the memory does not suffice, a copy halves it for itself."""
+    min_workers: int = Field(default=1, gt=0)
+    """Copies of the tower at the least."""
+    max_workers: int | None = Field(default=None, gt=0)
+    """Copies at the most, added while work is waiting; default: as many as the cluster's GPUs hold, or the least."""
     num_gpus: float = Field(default=1.0, gt=0, le=1)
     """Share of a GPU that one copy takes; not used on a cluster without GPUs."""
+    dtype: Literal["float16", "int8"] = "float16"
+    """How features are stored: float16, or int8 with a scale per token, half the size and slightly wrong."""
+
+    @model_validator(mode="after")
+    def _least_below_most(self) -> Self:
+        if self.max_workers is not None and self.max_workers < self.min_workers:
+            raise ValueError(f"min_workers is {self.min_workers}, more than max_workers {self.max_workers}")
+        return self
 
 
 class PrepareSettings(JobSettings):
@@ -75,6 +85,9 @@ class PrepareSettings(JobSettings):
     """chat: instruction tuning; caption: alignment, where the question is thrown away."""
     payload: Payload = "pixels"
     """What is stored of an image: original (bytes as received), pixels (uint8, tiled), features (frozen tower)."""
+    share_images: bool = False
+    """Decode, encode and store an image that several rows name only once. It then is an object of its own, which costs
+    a request when it is written and one whenever it is read: worth it where about a third of the rows repeat one."""
     max_length: int | None = Field(default=None, gt=0)
     """Rows of more tokens are quarantined; default: the processor's."""
     chunk_rows: int | None = Field(default=None, gt=0)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import pyarrow as pa
 from pydantic import ValidationError
 
 from pipelines import storage
 from pipelines.preparation.plan import PLAN_NAME, load_plan
+from pipelines.shards.images import ImageObjectError, ImageStore, image_keys
 from pipelines.shards.manifest import Manifest, QuarantineEntry, ShardEntry
 from pipelines.shards.reader import ShardError, check
 from pipelines.shards.receipts import Receipt, receipt_name
@@ -19,26 +21,40 @@ _THREADS = 4
 def verify(folder: str) -> list[str]:
     """One line for everything of the dataset in `folder` that is missing or not as the manifest says.
 
-    Shards, quarantine table and plan are hashed. The receipts carry times, so no hash can cover them: each chunk of the
-    plan must have one, and together they must name the manifest's shards and account for its rows.
+    Shards, shared images, quarantine table and plan are hashed. The receipts carry times, so no hash can cover them:
+    each chunk of the plan must have one, and together they must name the manifest's shards and account for its rows.
 
     Raises:
         ManifestError: `folder` holds no finished dataset.
     """
     manifest = Manifest.load(folder)
 
+    store = ImageStore(folder)
+    shared: set[str] = set()
+
     def fault(entry: ShardEntry | QuarantineEntry) -> str | None:
         uri = storage.join(folder, entry.name)
         try:
-            check(entry, uri, storage.read_bytes(uri))
+            data = storage.read_bytes(uri)
+            check(entry, uri, data)
         except FileNotFoundError:
             return f"{uri}: expected {entry.bytes} bytes with sha256 {entry.sha256}, found no such file"
         except ShardError as error:
+            return str(error)
+        if isinstance(entry, ShardEntry):
+            shared.update(image_keys(pa.ipc.open_file(pa.py_buffer(data))))
+        return None
+
+    def image_fault(key: str) -> str | None:
+        try:
+            store.read(key)
+        except ImageObjectError as error:
             return str(error)
         return None
 
     with ThreadPoolExecutor(_THREADS) as threads:
         damaged = [line for line in threads.map(fault, [*manifest.shards, manifest.quarantine]) if line]
+        damaged += [line for line in threads.map(image_fault, sorted(shared)) if line]
     return [*damaged, *_plan_faults(folder, manifest)]
 
 

@@ -61,6 +61,8 @@ class Manifest(BaseModel):
     num_image_tokens: int
     image_shape: list[int] | None
     """Shape of every stored array: [T, 3, H, W] pixels, [T, P, D] features; null for encoded images."""
+    image_dtype: str | None = None
+    """Of every stored array: uint8 pixels, float16 or int8 features; null for encoded images."""
     processor_identity: str
     encoder_identity: str | None
     """Hash of the frozen tower whose features are stored; null for the other payloads."""

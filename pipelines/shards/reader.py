@@ -17,7 +17,9 @@ import pyarrow as pa
 
 from pipelines import storage
 from pipelines.shards.cache import ShardCache
+from pipelines.shards.images import ImageStore
 from pipelines.shards.manifest import Manifest, QuarantineEntry, ShardEntry
+from pipelines.shards.quantization import dequantize
 
 # Each open shard holds a file descriptor, of which a process commonly has 1024.
 _MAX_OPEN_SHARDS = 64
@@ -50,6 +52,7 @@ class ShardedDataset:
         self.folder = storage.resolve(str(folder))
         self.manifest = Manifest.load(self.folder)
         self.cache = ShardCache(cache_dir, cache_bytes)
+        self.images = ImageStore(self.folder)
         shards = self.manifest.shards
         self._stops = np.cumsum([shard.rows for shard in shards], dtype=np.int64).tolist()
         self.num_tokens = np.array([n for shard in shards for n in shard.num_tokens], dtype=np.int64)
@@ -73,12 +76,13 @@ class ShardedDataset:
         Returns:
             key, id, source: str. messages: list of {role, content}. question_types: list of str, one per user turn or
             none. input_ids, labels, question_ids: int32[S]. And, where the row has an image, by the dataset's payload:
-            pixel_values: uint8[T, 3, H, W]; patch_features: float16[T, P, D]; image_bytes: bytes, as received.
-            The arrays are the caller's own.
+            pixel_values: uint8[T, 3, H, W]; patch_features: float16[T, P, D], also where 8 bits are stored;
+            image_bytes: bytes, as received. The arrays are the caller's own.
 
         Raises:
             IndexError: no such row.
             ShardError: the shard is missing or is not the one that was written.
+            ImageObjectError: the same of an image that is stored apart.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {self.folder}, which has {len(self)} rows")
@@ -88,6 +92,8 @@ class ShardedDataset:
         sample = {name: row[name][0].as_py() for name in ("key", "id", "source", "messages", "question_types")}
         for name in ("input_ids", "labels", "question_ids"):
             sample[name] = np.array(row[name][0].values)
+        key = row["image_key"][0].as_py()
+        row = self.images.read(key) if key else row
         image = row["image"][0].as_buffer()
         if image is not None:
             field = _ARRAY_FIELDS.get(self.manifest.payload)
@@ -167,4 +173,7 @@ def _missing(entry: ShardEntry, uri: str) -> ShardError:
 
 def _array(row: pa.RecordBatch, image: pa.Buffer) -> np.ndarray:
     shape, dtype = row["image_shape"][0].as_py(), row["image_dtype"][0].as_py()
-    return np.frombuffer(image, dtype=dtype).reshape(shape).copy()
+    array = np.frombuffer(image, dtype=dtype).reshape(shape)
+    if dtype == "int8":
+        return dequantize(array, np.frombuffer(row["image_scales"][0].as_buffer(), np.float16).reshape(shape[:-1]))
+    return array.copy()

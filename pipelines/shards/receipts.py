@@ -52,7 +52,7 @@ class ChunkFacts(BaseModel):
     ids: str = ""
     """uint64 of each row that has an own id, little-endian in base64: a hash of the id, to count repeats by."""
     image_sides: dict[int, int] = {}
-    """Longer side in pixels, as received -> images."""
+    """Longer side in pixels, as received -> images that were decoded: those of a shared image once."""
     seconds: dict[str, float] = {}
     """Step -> seconds of one worker."""
     examples: list[Example] = []

@@ -16,12 +16,17 @@ SAMPLE_SCHEMA = pa.schema(
         ("input_ids", pa.list_(pa.int32())),
         ("labels", pa.list_(pa.int32())),
         ("question_ids", pa.list_(pa.int32())),
-        ("image", pa.large_binary()),  # null for a text-only row; large: a block may pass 2 GiB
+        ("image_key", pa.string()),  # of an image that rows share and that is stored apart, in `images/`; else null
+        ("image", pa.large_binary()),  # null for text only, and where stored apart; large: a block may pass 2 GiB
         ("image_shape", pa.list_(pa.int32())),  # of the array in `image`; empty for encoded bytes
-        ("image_dtype", pa.string()),  # "uint8", "float16"; empty for encoded bytes
+        ("image_dtype", pa.string()),  # "uint8", "float16", "int8"; empty for encoded bytes
+        ("image_scales", pa.large_binary()),  # float16[T, P] beside int8[T, P, D], else null
     ]
 )
 """The columns of a sample. `image` is the payload: encoded bytes, or the raw bytes of a C-ordered array."""
+
+IMAGE_SCHEMA = pa.schema([SAMPLE_SCHEMA.field(name) for name in SAMPLE_SCHEMA.names if name.startswith("image")])
+"""The columns of a shared image."""
 
 QUARANTINE_SCHEMA = pa.schema(
     [(name, pa.string()) for name in ("key", "id", "source", "location", "reason", "detail")],

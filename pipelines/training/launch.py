@@ -22,7 +22,7 @@ from pipelines.training.console import show_worker_lines_only
 from pipelines.training.loop import export_uri, run_identity, run_uri, train_worker
 from pipelines.training.process import require_compiler, worker_environment
 from pipelines.training.settings import ScalingSettings, TrainSettings
-from pipelines.training.start import check_start, load_processor
+from pipelines.training.start import check_encoder, check_start, load_processor
 
 
 class TrainingError(RuntimeError):
@@ -57,6 +57,7 @@ def check_inputs(settings: TrainSettings) -> None:
     """
     manifests = {folder: Manifest.load(folder) for folder in settings.data.folders}
     check_start(settings, manifests, load_processor(settings.model))
+    check_encoder(settings.model, manifests)
     refuse_changed_run(run_uri(settings.run), run_identity(settings, list(manifests.values())))
 
 

@@ -15,6 +15,7 @@ from flashsloth import (
 )
 from flashsloth.backbones import build_from_backbones
 from flashsloth.configuration_flashsloth import TILES
+from pipelines.encode import encoder_facts
 from pipelines.shards.manifest import Manifest
 from pipelines.training.export import fetch_export, load_export
 from pipelines.training.process import seed_start
@@ -88,6 +89,26 @@ def check_start(settings: TrainSettings, manifests: dict[str, Manifest], process
                 f"{manifest.num_image_tokens} tokens an image), the model's is {processor.identity()[:12]} (tiling "
                 f"{processor.image_processor.tiling}, {processor.num_image_tokens} tokens an image): prepare the data "
                 "with the processor of this model"
+            )
+
+
+def check_encoder(model: ModelSettings, manifests: dict[str, Manifest]) -> None:
+    """Raise `StartError` where prepared features (folder -> manifest) are not of the tower that a run starts from."""
+    made_by = {folder: each.encoder_identity for folder, each in manifests.items() if each.payload == "features"}
+    if not made_by:
+        return
+    if model.preset:
+        raise StartError(
+            f"{next(iter(made_by))} holds features, and the tower of preset {model.preset} starts from random numbers, "
+            "which made none of them: start from a checkpoint or from backbones, or prepare with payload 'pixels'"
+        )
+    tower = model.backbones.vision if model.backbones else str(fetch_export(str(model.checkpoint)))
+    identity = encoder_facts(tower).identity
+    for folder, other in made_by.items():
+        if other != identity:
+            raise StartError(
+                f"{folder} holds features of the tower {other}, this run starts with the tower {identity} ({tower}): "
+                "prepare the features with this tower, or start from a model that has theirs"
             )
 
 

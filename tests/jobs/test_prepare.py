@@ -54,6 +54,11 @@ def start(recipe: str, **environment: str) -> subprocess.Popen[str]:
         ({"sources": [{"path": "a/x.json"}, {"path": "b/x.json"}]}, "two sources have the name 'x'"),
         ({"sources": [{"path": "x.json", "name": n} for n in "ab"]}, "two sources have the path 'x.json'"),
         ({"payload": "features"}, "payload 'features' needs an encoder"),
+        ({"payload": "features", "encoder": {"path": "x", "dtype": "int4"}}, "encoder.dtype: "),
+        (
+            {"payload": "features", "encoder": {"path": "x", "min_workers": 3, "max_workers": 2}},
+            "min_workers is 3, more than max_workers 2",
+        ),
         ({"sources": []}, "sources: "),
         ({"processor": None}, "exactly one of processor and tokenizer"),
         ({"tiling": "hd"}, "tiling goes with tokenizer"),
@@ -137,7 +142,7 @@ def test_killed_driver_resumes_to_the_same_manifest(tmp_path: Path) -> None:
     driver = start(recipe)
     try:
         deadline = time.monotonic() + 120
-        while not storage.list_names(str(receipts)):
+        while not any(name.endswith(".json") for name in storage.list_names(str(receipts))):  # not a half-written one
             assert driver.poll() is None, driver.communicate()[0]
             assert time.monotonic() < deadline, "no receipt within two minutes"
             time.sleep(0.005)

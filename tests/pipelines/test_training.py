@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothImageProcessor, FlashSlothProcessor
+from pipelines.encode import encoder_facts
 from pipelines.feed import Position
 from pipelines.shards.manifest import Manifest
 from pipelines.training import process
@@ -33,7 +35,7 @@ from pipelines.training.optimization import (
     set_learning_rates,
 )
 from pipelines.training.settings import ModelSettings, OptimSettings, TrainSettings
-from pipelines.training.start import StartError, build_model, check_start, load_processor
+from pipelines.training.start import StartError, build_model, check_encoder, check_start, load_processor
 from tests.prepared import coloured_rows, write_prepared
 
 RECIPES = Path(__file__).parents[2] / "jobs" / "recipes"
@@ -192,6 +194,25 @@ def test_data_of_another_processor_or_of_mixed_payloads_are_refused_naming_both(
         check_start(recipe("instruct"), one, other)
     with pytest.raises(StartError, match="different payloads"):
         check_start(recipe("instruct"), one | manifests(tmp_path, processor, b="original"), processor)
+
+
+def test_features_of_another_tower_are_refused_naming_both(tmp_path, processor, model):
+    """Also the start of a run whose tower is the one that made them, stored in another precision."""
+    for name, tower in (("own", model), ("other", copy.deepcopy(model))):
+        if name == "other":
+            next(tower.model.vision_tower.parameters()).data.mul_(2)
+        tower.to(torch.bfloat16).save_pretrained(tmp_path / name)
+    own, other = (encoder_facts(str(tmp_path / name)).identity for name in ("own", "other"))
+    prepared = {
+        folder: manifest.model_copy(update={"encoder_identity": own})
+        for folder, manifest in manifests(tmp_path, processor, features="features", pixels="pixels").items()
+    }
+    check_encoder(ModelSettings(checkpoint=str(tmp_path / "own")), prepared)
+    with pytest.raises(StartError, match=f"features of the tower {own}, this run starts with the tower {other}"):
+        check_encoder(ModelSettings(checkpoint=str(tmp_path / "other")), prepared)
+    with pytest.raises(StartError, match="tower of preset tiny starts from random numbers"):
+        check_encoder(ModelSettings(preset="tiny", processor="p"), prepared)
+    check_encoder(ModelSettings(preset="tiny", processor="p"), {"p": prepared[str(tmp_path / "pixels")]})
 
 
 # Checkpoints

@@ -1,0 +1,43 @@
+"""The estimate of a dry run against the bytes that are then written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.preparation.estimate import estimate_bytes, image_bytes
+from tests.corpus import row, write_corpus, write_processor
+from tests.preparation import begin, prepare_here, prepare_settings
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"payload": "pixels"},
+        {"payload": "original"},
+        {"payload": "features", "encoder": {"dtype": "int8"}},
+    ],
+)
+def test_estimate_is_near_what_is_written(tmp_path: Path, tiny_checkpoint: Path, change: dict[str, Any]) -> None:
+    turns = [
+        {"from": "human", "value": "<image>\n" + "What color is it? " * 40},
+        {"from": "gpt", "value": "Red. " * 40},
+    ]
+    write_corpus(tmp_path, [row(number) | ({"conversations": turns} if number == 4 else {}) for number in range(90)])
+    write_processor(tmp_path)
+    if encoder := change.get("encoder"):
+        change = change | {"encoder": encoder | {"path": str(tiny_checkpoint)}, "processor": str(tiny_checkpoint)}
+    settings = prepare_settings(tmp_path, chunk_rows=2, **change)
+    ledger, maker = begin(settings)
+    estimate = estimate_bytes(ledger.plan, maker.files)
+    written = sum(shard.bytes for shard in prepare_here(settings).shards)
+    assert estimate == pytest.approx(written, rel=0.3)
+
+
+def test_a_picture_takes_what_the_documents_say() -> None:
+    assert image_bytes([1, 729, 1152], "float16") == 1_679_616  # 1.68 MB an image
+    assert image_bytes([1, 729, 1152], "int8") == 839_808 + 2 * 729
+    assert image_bytes([5, 3, 384, 384], "uint8") == 5 * 442_368
+    assert image_bytes(None, None) is None
