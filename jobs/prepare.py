@@ -17,7 +17,9 @@ from collections.abc import Callable, Iterable
 
 from botocore.exceptions import BotoCoreError
 
+from pipelines import storage
 from pipelines.preparation.collection import find_garbage, remove
+from pipelines.preparation.data_receipt import RECEIPT_PAGE
 from pipelines.preparation.inspection import Inspector
 from pipelines.preparation.settings import PrepareSettings
 from pipelines.preparation.verify import verify
@@ -49,7 +51,7 @@ def _prepare(arguments: list[str]) -> int:
     print(f"{len(manifest.shards):,} shards, {manifest.quarantined:,} quarantined")
     for reason, count in manifest.quarantine_reasons.items():
         print(f"  {reason}: {count:,}")
-    print(f"manifest {manifest.identity()}")
+    print(f"manifest {manifest.identity()}, receipt {storage.join(settings.output, RECEIPT_PAGE)}")
     return 0
 
 

@@ -86,5 +86,7 @@ def image_name(key: str) -> str:
 
 def image_keys(shard: pa.RecordBatchFileReader) -> set[str]:
     """Keys of the shared images that the rows of `shard` name."""
+    if "image_key" not in shard.schema.names:
+        return set()  # written before images could be shared
     batches = (shard.get_batch(number) for number in range(shard.num_record_batches))
     return {key for batch in batches for key in batch["image_key"].to_pylist() if key}

@@ -53,6 +53,7 @@ class ShardedDataset:
         self.manifest = Manifest.load(self.folder)
         self.cache = ShardCache(cache_dir, cache_bytes)
         self.images = ImageStore(self.folder)
+        self._may_share = "image_key" in self.manifest.arrow_schema  # datasets from before have no such column
         shards = self.manifest.shards
         self._stops = np.cumsum([shard.rows for shard in shards], dtype=np.int64).tolist()
         self.num_tokens = np.array([n for shard in shards for n in shard.num_tokens], dtype=np.int64)
@@ -92,7 +93,7 @@ class ShardedDataset:
         sample = {name: row[name][0].as_py() for name in ("key", "id", "source", "messages", "question_types")}
         for name in ("input_ids", "labels", "question_ids"):
             sample[name] = np.array(row[name][0].values)
-        key = row["image_key"][0].as_py()
+        key = row["image_key"][0].as_py() if self._may_share else None
         row = self.images.read(key) if key else row
         image = row["image"][0].as_buffer()
         if image is not None:

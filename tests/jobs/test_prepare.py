@@ -113,6 +113,8 @@ def test_run_reports_and_verify_finds_damage(tmp_path: Path, capsys: pytest.Capt
     assert main(["--config", recipe]) == 0
     out = capsys.readouterr().out
     assert "12 rows planned, 11 written in 3 shards, 1 quarantined\n  image_truncated: 1\n" in out
+    assert "12 of 12 rows (100.0%), " in out and ", 1 quarantined\n" in out
+    assert out.endswith(f"receipt {tmp_path / 'out' / 'receipt.html'}\n")
     assert yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["chunk_rows"] == 4
     assert main(["verify", str(tmp_path / "out")]) == 0
     assert "every shard is as it was written" in capsys.readouterr().out

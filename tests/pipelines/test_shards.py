@@ -231,3 +231,25 @@ def test_every_key_is_accounted_for_once(written: list[str], quarantined: list[s
     account(["a", "b", "c"], ["a", "c"], ["b"])
     with pytest.raises(AccountingError, match=message):
         account(["a", "b", "c"], written, quarantined)
+
+
+def test_dataset_from_before_images_could_be_shared_is_read(tmp_path: Path) -> None:
+    samples = write_dataset(str(tmp_path))
+    older = [name for name in SAMPLE_SCHEMA.names if name not in ("image_key", "image_scales")]
+    manifest = Manifest.load(str(tmp_path))
+    shards = []
+    for shard in manifest.shards:
+        rows = pa.ipc.open_file(tmp_path / shard.name).read_all().select(older)
+        with pa.ipc.new_file(tmp_path / shard.name, rows.schema) as writer:
+            for row in range(rows.num_rows):
+                writer.write_table(rows.slice(row, 1))
+        data = (tmp_path / shard.name).read_bytes()
+        shards.append(shard.model_copy(update={"bytes": len(data), "sha256": storage.sha256(data)}))
+    columns = {name: kind for name, kind in manifest.arrow_schema.items() if name in older}
+    changed = manifest.model_copy(update={"shards": shards, "arrow_schema": columns})
+    (tmp_path / MANIFEST_NAME).write_bytes(changed.to_json())
+    dataset = ShardedDataset(str(tmp_path))
+    for number, expected in enumerate(samples):
+        read = dataset.read(number)
+        assert read["key"] == expected["key"]
+        assert ("pixel_values" in read) == ("image" in expected)
