@@ -1,7 +1,8 @@
-"""How one row of a batch chooses its next token, by its own rules and its own random numbers."""
+"""How the rows of a batch choose their next tokens, each by its own rules and its own random numbers."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ class Sampling:
         top_p: draw from the smallest set of likeliest tokens that holds this much probability.
         stop: texts before which the answer ends.
         seed: makes the draw reproducible, whatever else is in the batch.
+        deadline_s: seconds from submission after which the answer ends where it is; None for no such end.
     """
 
     max_tokens: int = 256
@@ -24,43 +26,76 @@ class Sampling:
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
     seed: int | None = None
+    deadline_s: float | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens is {self.max_tokens}, an answer has at least 1 token")
-        if self.temperature < 0:
-            raise ValueError(f"temperature is {self.temperature}, it cannot be negative")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature is {self.temperature}, it must be finite and cannot be negative")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}, it must lie in (0, 1]")
+        if "" in self.stop:
+            raise ValueError("stop holds an empty text, before which every answer would end")
+        if self.deadline_s is not None and not self.deadline_s > 0:
+            raise ValueError(f"deadline_s is {self.deadline_s}, it must be above 0")
 
 
-class TokenChooser:
-    """Chooses one row's tokens. Draws on the CPU: the same seed then gives the same answer on any device."""
+class Draws:
+    """One request's random numbers. Drawn on the CPU: the same seed then gives the same answer on any device."""
 
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
-        self._random = torch.Generator()
-        if sampling.seed is None:
-            self._random.seed()
-        else:
-            self._random.manual_seed(sampling.seed)
+        self._random: torch.Generator | None = None
+        if sampling.temperature > 0:
+            self._random = torch.Generator()
+            if sampling.seed is None:
+                self._random.seed()
+            else:
+                self._random.manual_seed(sampling.seed)
 
-    def choose(self, logits: torch.Tensor) -> int:
-        """The next token's id, from logits float32[vocabulary]."""
-        if self.sampling.temperature == 0:
-            return int(logits.argmax())
-        probabilities = torch.softmax(logits.cpu().double() / self.sampling.temperature, dim=-1)
-        if self.sampling.top_p < 1:
-            probabilities = _nucleus(probabilities, self.sampling.top_p)
-        # By the inverse of the distribution, in vocabulary order: the last bit of a logit, which depends on the size of
-        # the batch, then moves the edges by a hair, where sampling from a sorted list could change every later draw.
-        edges = probabilities.cumsum(0)
-        drawn = torch.rand(1, generator=self._random, dtype=torch.float64) * edges[-1]
-        return int(torch.searchsorted(edges, drawn, right=True).clamp(max=len(edges) - 1))
+    def next(self) -> float:
+        """A number in [0, 1)."""
+        return float(torch.rand(1, generator=self._random, dtype=torch.float64))
 
 
-def _nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Zero all but the smallest set of likeliest tokens that holds `top_p`; the likeliest always stays."""
-    ordered, ids = probabilities.sort(descending=True, stable=True)
-    kept = ordered.cumsum(0) - ordered < top_p
-    return probabilities * torch.zeros_like(kept).scatter(0, ids, kept)
+def choose_tokens(logits: torch.Tensor, draws: Sequence[Draws]) -> list[int]:
+    """The next token of each row, from logits float32[N, vocabulary]; -1 for a row without a finite likeliest token.
+
+    Rows may hold -inf for tokens that must not be chosen.
+    """
+    best, ids = logits.max(dim=1)
+    drawn = [row for row, own in enumerate(draws) if own.sampling.temperature > 0]
+    if drawn:
+        index = torch.tensor(drawn, device=logits.device)
+        ids[index] = _draw(logits[index], [draws[row] for row in drawn])
+    # A NaN is the maximum of its row.
+    return torch.where(best.isfinite(), ids, -1).tolist()
+
+
+def _draw(logits: torch.Tensor, draws: Sequence[Draws]) -> torch.Tensor:
+    """A token for each row, int64[N]."""
+    device = logits.device
+    temperatures = torch.tensor([[own.sampling.temperature] for own in draws], dtype=torch.float64, device=device)
+    # Likeliest first: dividing by a temperature near 0 then cannot overflow.
+    scaled = (logits.double() - logits.max(dim=1, keepdim=True).values.double()) / temperatures
+    probabilities = torch.softmax(scaled, dim=1)
+    narrow = [row for row, own in enumerate(draws) if own.sampling.top_p < 1]
+    if narrow:
+        index = torch.tensor(narrow, device=device)
+        top_p = torch.tensor([[draws[row].sampling.top_p] for row in narrow], dtype=torch.float64, device=device)
+        probabilities[index] = _nucleus(probabilities[index], top_p)
+    # By the inverse of the distribution, in vocabulary order: the last bit of a logit, which depends on the size of
+    # the batch, then moves the edges by a hair, where sampling from a sorted list could change every later draw.
+    edges = probabilities.cumsum(1)
+    numbers = torch.tensor([[own.next()] for own in draws], dtype=torch.float64, device=device)
+    found = torch.searchsorted(edges, numbers * edges[:, -1:], right=True).squeeze(1)
+    # Rounding can take a draw to the upper edge itself: the last token that has a probability owns it.
+    return found.minimum((edges < edges[:, -1:]).sum(1))
+
+
+def _nucleus(probabilities: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """Zero all but the smallest set of likeliest tokens that holds `top_p` float64[N, 1]; the likeliest stays."""
+    ordered, ids = probabilities.sort(dim=1, descending=True, stable=True)
+    kept = ordered.cumsum(1) - ordered < top_p
+    return probabilities * torch.zeros_like(kept).scatter(1, ids, kept)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-import time
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,7 +15,7 @@ from PIL import Image
 from flashsloth.collation import collate
 from flashsloth.conversation import ConversationError
 from flashsloth.image_processing_flashsloth import normalize_pixels
-from pipelines.serving.engine import Encoder, Engine, Prompt
+from pipelines.serving.engine import Answer, Encoder, Engine, Prompt
 from pipelines.serving.sampling import Sampling
 from tests.fixtures.tiny import build_processor, build_tiny_model
 
@@ -184,10 +184,21 @@ def test_the_health_check_notices_a_broken_model(own_engine: Engine) -> None:
 
 
 def test_the_health_check_notices_a_run_that_hangs(own_engine: Engine) -> None:
-    own_engine._running, own_engine._last_step = True, time.monotonic() - 61
-    with pytest.raises(RuntimeError, match="no decode step in 61 s"):
-        own_engine.check()
-    own_engine._last_step = time.monotonic()
+    stuck, release = threading.Event(), threading.Event()
+
+    def hang(*_: Any) -> None:
+        stuck.set()
+        assert release.wait(30)
+
+    handle = own_engine.model.model.language_model.register_forward_pre_hook(hang)
+    ticket = own_engine.submit(mixed_prompts(own_engine)[0])
+    assert stuck.wait(30)
+    own_engine.check()  # not for long yet
+    with pytest.raises(RuntimeError, match="no decode step in 0 s, at most 0"):
+        own_engine.check(patience_s=0.0)
+    handle.remove()
+    release.set()
+    assert Answer.join(own_engine.stream(ticket)).finish_reason == "length"
     own_engine.check()
 
 
