@@ -193,8 +193,16 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
         features = self.get_patch_features(images) if pixel_values is not None else images
         return self._project(features), absent
 
-    def _embed(self, input_ids: torch.Tensor, image: BaseModelOutputWithPooling | None, absent: bool) -> torch.Tensor:
-        """Token embeddings with visual and query tokens at their placeholders: float[B, S, D]."""
+    def embed(
+        self, input_ids: torch.Tensor, image: BaseModelOutputWithPooling | None, absent: bool = False
+    ) -> torch.Tensor:
+        """Token embeddings with visual and query tokens at their placeholders: float[B, S, D].
+
+        Args:
+            input_ids: int64[B, S].
+            image: what `get_image_features` gives for the images, row by row, or None without any.
+            absent: `image` is a stand-in that no placeholder belongs to.
+        """
         embed = self.get_input_embeddings()
         embeds = embed(input_ids)
         visual = None if image is None or absent else image.pooler_output
@@ -233,7 +241,7 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
         image, absent = self._encode_images(pixel_values, patch_features, mm_encoder_outputs)
         plan = None
         if input_ids is not None:
-            inputs_embeds = self._embed(input_ids, image, absent)
+            inputs_embeds = self.embed(input_ids, image, absent)
             if absent:
                 plan = QueryPlan.idle(input_ids.shape[1], self.config.num_query_tokens, input_ids.device)
             elif image is not None:

@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,7 @@ from pipelines.serving.decoder import Decoder
 from pipelines.serving.engine_settings import EngineSettings
 from pipelines.serving.images import ImageStore
 from pipelines.serving.prompts import Prompt, check_prompt
-from pipelines.serving.sampling import choose_tokens
+from pipelines.serving.sampling import NO_TOKEN, choose_tokens
 from pipelines.serving.slots import Slots
 from pipelines.serving.tickets import Row, Ticket, describe
 
@@ -185,51 +185,63 @@ class ContinuousBatch:
     def _prefill(self, group: Sequence[Ticket]) -> None:
         """Give each a slot and its first token: together or, where that fails, one by one, so that only one fails."""
         first = len(self.rows)
-        try:
-            logits = self.decoder.prefill([ticket.prompt for ticket in group], first)
-        except Exception as failure:
-            self._recover(failure)
-            if len(group) > 1:
-                for ticket in group:
-                    self._prefill([ticket])
-            else:
-                logger.warning("a request failed in its prefill: %s", describe(failure))
-                _refuse(group[0], "error", failure)
-            return
-        self.rows += [Row(ticket, self._tokenizer, self._eos_token_id) for ticket in group]
-        self._prefill_tokens += sum(len(ticket.prompt.input_ids) for ticket in group)
-        self._take(first, logits)
+        rows = [Row(ticket, self._tokenizer, self._eos_token_id) for ticket in group]
+        prompts = [ticket.prompt for ticket in group]
+        tokens, failure = self._attempt(rows, lambda: self.decoder.prefill(prompts, first))
+        if failure is not None and len(group) > 1:
+            for ticket in group:
+                self._prefill([ticket])
+        elif failure is not None:
+            _refuse(group[0], "error", failure)
+        else:
+            self.rows += rows
+            self._prefill_tokens += sum(row.length for row in rows)
+            self._take(first, tokens)
 
     def _decode(self) -> None:
-        try:
-            logits = self.decoder.decode([row.last_token for row in self.rows], [row.length for row in self.rows])
-        except torch.OutOfMemoryError as failure:
+        ids, positions = [row.last_token for row in self.rows], [row.length for row in self.rows]
+        tokens, failure = self._attempt(self.rows, lambda: self.decoder.decode(ids, positions))
+        if isinstance(failure, torch.OutOfMemoryError):
             # Nothing is lost but time: the next step writes the same positions again, with a row less.
-            self._recover(failure)
             self._end(len(self.rows) - 1, "error", failure)
-            return
-        self._batch_size = len(self.rows)
-        for row in self.rows:
-            row.length += 1
-        self._take(0, logits)
+        elif failure is not None:
+            self.fail_all(failure)
+        else:
+            self._batch_size = len(self.rows)
+            for row in self.rows:
+                row.length += 1
+            self._take(0, tokens)
 
-    def _take(self, first: int, logits: torch.Tensor) -> None:
-        """Choose the next token of the rows from `first` on, tell their senders, and let go of the finished ones."""
-        rows = self.rows[first:]
-        tokens = choose_tokens(logits, [row.draws for row in rows])
+    def _attempt(self, rows: Sequence[Row], forward: Callable[[], torch.Tensor]) -> tuple[list[int], Exception | None]:
+        """The next tokens of `rows`, or what went wrong."""
+        try:
+            return choose_tokens(forward(), [row.draws for row in rows]), None
+        except Exception as error:
+            logger.warning("a step over %d requests failed", len(rows), exc_info=True)
+            failure = error.with_traceback(None)  # whose frames would keep the memory that is to be freed
+        if isinstance(failure, torch.OutOfMemoryError):
+            self.images.clear()
+            if self.slots.states.is_cuda:
+                torch.cuda.empty_cache()
+        return [], failure
+
+    def _take(self, first: int, tokens: Sequence[int]) -> None:
+        """Give the rows from `first` on their tokens, tell their senders, and let go of those that end."""
         self._generated_tokens += len(tokens)
         ended: list[tuple[int, FinishReason]] = []
-        for slot, (row, token_id) in enumerate(zip(rows, tokens, strict=True), first):
-            reason = row.take(token_id) if token_id >= 0 else "error"
+        for slot, token_id in enumerate(tokens, first):
+            row = self.rows[slot]
+            reason = row.take(token_id) if token_id != NO_TOKEN else "error"
             if reason is None:
                 row.send()
             else:
                 ended.append((slot, reason))
         for slot, reason in reversed(ended):
-            broken = reason == "error"
-            if broken:
+            failure = None
+            if reason == "error":
+                failure = RuntimeError("the model gives logits that are not finite")
                 self.slots.clear(slot)
-            self._end(slot, reason, RuntimeError("the model gives logits that are not finite") if broken else None)
+            self._end(slot, reason, failure)
 
     def _end(self, slot: int, reason: FinishReason, failure: Exception | None = None) -> None:
         """Free a slot; the row of the last slot moves into it. From the last to the first, if there are several."""
@@ -238,12 +250,6 @@ class ContinuousBatch:
             self.slots.move(len(self.rows), slot, last.length)
             self.rows[slot] = last
         row.send(reason, failure)
-
-    def _recover(self, failure: Exception) -> None:
-        if isinstance(failure, torch.OutOfMemoryError):
-            self.images.clear()
-            if self.slots.states.is_cuda:
-                torch.cuda.empty_cache()
 
 
 def _refuse(ticket: Ticket, reason: FinishReason, failure: Exception | None = None) -> None:

@@ -1,22 +1,19 @@
-"""The two forward passes of the engine: prompts into slots, and one more token for every slot in use.
-
-Decoding calls Phi's layers one by one with slots for a cache: the wrappers of a whole `forward` cost as much as the
-layers do at the sizes that a CPU decodes, and a CUDA graph wants no Python that depends on the data.
-"""
+"""The two forward passes of the engine: prompts into slots, and one more token for every slot in use."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-from transformers import DynamicCache
 
 from flashsloth import FlashSlothForConditionalGeneration
 from flashsloth.collation import collate
+from flashsloth.placeholders import plan_queries
 from pipelines.serving.cuda_graphs import GraphedStep
+from pipelines.serving.fused_phi import FusedPhi
 from pipelines.serving.images import ImageStore
 from pipelines.serving.prompts import Prompt
-from pipelines.serving.slots import Slots, SlotStep
+from pipelines.serving.slots import DecodeStep, Prefill, Slots
 
 
 class Decoder:
@@ -35,6 +32,7 @@ class Decoder:
         self.model = model
         self.slots = slots
         self.images = images
+        self._phi = FusedPhi(model.model.language_model)
         config = model.config
         # A placeholder is no word: fed back, it would ask for an image or a query that nobody gave.
         self._forbidden = torch.zeros(config.text_config.vocab_size, device=model.device)
@@ -51,21 +49,19 @@ class Decoder:
             ValueError: the query tokens of a prompt do not match its turns.
         """
         samples = [{"input_ids": prompt.input_ids, "question_ids": prompt.question_ids} for prompt in prompts]
-        # Padding on the right needs no mask: nothing looks ahead, and what it leaves in a slot is never looked at.
         batch = collate(samples, self.model.config.pad_token_id or 0, padding_side="right")
+        device = self.model.device
+        input_ids, question_ids = batch["input_ids"].to(device), batch["question_ids"].to(device)
         image = self.images.encode(prompts)
-        cache = DynamicCache()
-        outputs = self.model.model(
-            input_ids=batch["input_ids"].to(self.model.device),
-            question_ids=batch["question_ids"].to(self.model.device),
-            mm_encoder_outputs=None if image is None else {"image": image},
-            past_key_values=cache,
-            use_cache=True,
+        hidden = self._phi(
+            self.model.model.embed(input_ids, image),
+            torch.arange(input_ids.shape[1], device=device)[None],
+            Prefill(self.slots, slot),
+            None if image is None else plan_queries(input_ids, question_ids, self.model.config),
+            None if image is None else image.last_hidden_state,
         )
-        self.slots.write(slot, cache)
-        last = batch["attention_mask"].sum(1).to(self.model.device) - 1
-        rows = torch.arange(len(prompts), device=self.model.device)
-        return self._logits(outputs.last_hidden_state[rows, last])
+        last = torch.tensor([len(prompt.input_ids) - 1 for prompt in prompts], device=device)
+        return self._logits(hidden[torch.arange(len(prompts), device=device), last])
 
     def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
         """Read one token into each of the first slots, at `positions`.
@@ -81,15 +77,10 @@ class Decoder:
         )
 
     def _step(self, tokens: torch.Tensor, positions: torch.Tensor, length: int) -> torch.Tensor:
-        phi = self.model.model.language_model
-        rows = torch.arange(len(tokens), device=tokens.device)
-        step = SlotStep(self.slots, rows, positions, length)
-        mask = step.mask(self.slots.states.dtype)
-        hidden = phi.embed_tokens(tokens)[:, None]
-        rotation = phi.rotary_emb(hidden, positions[:, None])
-        for layer in phi.layers:
-            hidden = layer(hidden, attention_mask=mask, past_key_values=step, position_embeddings=rotation)
-        return self._logits(phi.final_layernorm(hidden)[:, 0])
+        embeds = self._phi.phi.embed_tokens(tokens)[:, None]
+        hidden = self._phi(embeds, positions[:, None], DecodeStep(self.slots, positions, length))
+        return self._logits(hidden[:, 0])
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.model.lm_head(hidden).float() + self._forbidden
+        normed = self._phi.phi.final_layernorm(hidden)
+        return self.model.lm_head(normed).float() + self._forbidden

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+NO_TOKEN = -1
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -46,6 +48,7 @@ class Draws:
 
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
+        self._number: float | None = None
         self._random: torch.Generator | None = None
         if sampling.temperature > 0:
             self._random = torch.Generator()
@@ -54,13 +57,20 @@ class Draws:
             else:
                 self._random.manual_seed(sampling.seed)
 
-    def next(self) -> float:
-        """A number in [0, 1)."""
-        return float(torch.rand(1, generator=self._random, dtype=torch.float64))
+    @property
+    def number(self) -> float:
+        """The number in [0, 1) for the next token. The same until `advance`, so that a step can be tried again."""
+        if self._number is None:
+            self._number = float(torch.rand(1, generator=self._random, dtype=torch.float64))
+        return self._number
+
+    def advance(self) -> None:
+        """Called when a token was taken."""
+        self._number = None
 
 
 def choose_tokens(logits: torch.Tensor, draws: Sequence[Draws]) -> list[int]:
-    """The next token of each row, from logits float32[N, vocabulary]; -1 for a row without a finite likeliest token.
+    """The next token of each row, from logits float32[N, vocabulary]; NO_TOKEN for a row whose numbers make no sense.
 
     Rows may hold -inf for tokens that must not be chosen.
     """
@@ -70,7 +80,7 @@ def choose_tokens(logits: torch.Tensor, draws: Sequence[Draws]) -> list[int]:
         index = torch.tensor(drawn, device=logits.device)
         ids[index] = _draw(logits[index], [draws[row] for row in drawn])
     # A NaN is the maximum of its row.
-    return torch.where(best.isfinite(), ids, -1).tolist()
+    return torch.where(best.isfinite(), ids, NO_TOKEN).tolist()
 
 
 def _draw(logits: torch.Tensor, draws: Sequence[Draws]) -> torch.Tensor:
@@ -88,7 +98,7 @@ def _draw(logits: torch.Tensor, draws: Sequence[Draws]) -> torch.Tensor:
     # By the inverse of the distribution, in vocabulary order: the last bit of a logit, which depends on the size of
     # the batch, then moves the edges by a hair, where sampling from a sorted list could change every later draw.
     edges = probabilities.cumsum(1)
-    numbers = torch.tensor([[own.next()] for own in draws], dtype=torch.float64, device=device)
+    numbers = torch.tensor([[own.number] for own in draws], dtype=torch.float64, device=device)
     found = torch.searchsorted(edges, numbers * edges[:, -1:], right=True).squeeze(1)
     # Rounding can take a draw to the upper edge itself: the last token that has a probability owns it.
     return found.minimum((edges < edges[:, -1:]).sum(1))

@@ -94,6 +94,7 @@ class Row:
 
     def take(self, token_id: int) -> FinishReason | None:
         """Append a token; says how the answer ends with it, if it does."""
+        self.draws.advance()
         if token_id == self._eos_token_id:
             return "stop"
         self.last_token = token_id

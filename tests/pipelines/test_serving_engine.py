@@ -190,7 +190,7 @@ def test_the_health_check_notices_a_run_that_hangs(own_engine: Engine) -> None:
         stuck.set()
         assert release.wait(30)
 
-    handle = own_engine.model.model.language_model.register_forward_pre_hook(hang)
+    handle = own_engine.model.lm_head.register_forward_pre_hook(hang)
     ticket = own_engine.submit(mixed_prompts(own_engine)[0])
     assert stuck.wait(30)
     own_engine.check()  # not for long yet
