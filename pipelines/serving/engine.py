@@ -185,7 +185,7 @@ class Engine:
             except Exception as failure:
                 logger.exception("a step failed, and with it every request of the engine")
                 self._batch.fail_all(failure)
-        self._batch.fail_all(RuntimeError("the engine was closed before the answer ended"))
+        self._batch.fail_all(RuntimeError("the engine is closed"))
 
 
 class _Collector:

@@ -1,0 +1,398 @@
+"""The continuous batch, driven step by step: what a request gets does not depend on who joins and leaves beside it."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from flashsloth import FlashSlothProcessor
+from pipelines.serving.answers import Answer, Chunk
+from pipelines.serving.batch import ContinuousBatch, EngineFull
+from pipelines.serving.engine_settings import EngineSettings
+from pipelines.serving.prompts import Encoder, Prompt
+from pipelines.serving.tickets import Ticket
+from tests.fixtures.tiny import build_processor, build_tiny_model
+from tests.prompts import generate_alone, mixed_prompts, random_prompt, sampled
+
+
+@pytest.fixture(scope="module")
+def processor() -> FlashSlothProcessor:
+    return build_processor()
+
+
+@pytest.fixture
+def build(processor: FlashSlothProcessor) -> Callable[..., ContinuousBatch]:
+    return lambda **settings: ContinuousBatch(build_tiny_model(processor), processor, EngineSettings(**settings))
+
+
+class Sender:
+    """Remembers what came for a ticket."""
+
+    def __init__(self, ticket: Ticket) -> None:
+        self.ticket = ticket
+        self.chunks: list[Chunk] = []
+        ticket.set_listener(self.chunks.append)
+
+    @property
+    def ended(self) -> bool:
+        return bool(self.chunks) and self.chunks[-1].finish_reason is not None
+
+    @property
+    def answer(self) -> Answer:
+        assert [chunk.finish_reason for chunk in self.chunks[:-1]] == [None] * (len(self.chunks) - 1)
+        return Answer.join(self.chunks)
+
+
+def run(batch: ContinuousBatch, prompts: Sequence[Prompt]) -> list[Answer]:
+    senders = [Sender(batch.submit(prompt)) for prompt in prompts]
+    for _ in range(1000):
+        if not batch.busy:
+            return [sender.answer for sender in senders]
+        batch.step()
+    raise AssertionError(f"still busy after 1000 steps: {batch.stats()}")
+
+
+@pytest.mark.parametrize("tiling", ["base", "hd"])
+@pytest.mark.parametrize("seed", range(3))
+def test_any_order_of_arrival_gives_the_tokens_of_one_by_one_generate(tiling: str, seed: int) -> None:
+    source = random.Random(seed)
+    processor = build_processor(tiling)
+    model, twin, encoder = build_tiny_model(processor), build_tiny_model(processor), Encoder(processor)
+    settings = EngineSettings(
+        max_slots=source.randint(1, 6),
+        prefill_tokens=source.choice([1, 100, 1000]),
+        image_batch_size=source.randint(1, 3),
+        image_cache_bytes=source.choice([0, 50_000, 10**6]),
+    )
+    batch = ContinuousBatch(model, processor, settings)
+    coming = [random_prompt(encoder, source) for _ in range(24)]
+    expected = [generate_alone(twin, processor, prompt) for prompt in coming]
+    senders: list[Sender] = []
+    cancelled: set[int] = set()
+    while len(senders) < len(coming) or batch.busy:
+        for prompt in coming[len(senders) :][: source.choice([0, 0, 1, 2, 5])]:
+            senders.append(Sender(batch.submit(prompt)))
+        if senders and source.random() < 0.1:
+            place = source.randrange(len(senders))
+            if not senders[place].ended:
+                cancelled.add(place)
+                senders[place].ticket.cancel()
+        batch.step()
+    for place, sender in enumerate(senders):
+        if place in cancelled:
+            assert sender.answer.finish_reason == "cancelled"
+            assert expected[place][: len(sender.answer.token_ids)] == sender.answer.token_ids
+        else:
+            assert sender.answer.token_ids == expected[place], (place, settings)
+    long_ones = [tuple(tokens[:6]) for tokens in expected if len(tokens) >= 6]
+    assert len(set(long_ones)) > len(long_ones) / 2 > 3  # the prompts do lead to different answers
+    assert len(cancelled) < len(coming) / 2
+    assert batch.stats().running == batch.stats().waiting == 0
+
+
+def test_a_seed_gives_the_same_draw_in_any_company(
+    processor: FlashSlothProcessor, build: Callable[..., ContinuousBatch]
+) -> None:
+    prompts = mixed_prompts(processor)
+    guest = sampled(prompts[3], max_tokens=10, temperature=1.3, top_p=0.9, seed=7)
+    (alone,) = run(build(), [guest])
+    for seed in range(4):
+        source, batch = random.Random(seed), build(max_slots=4)
+        others = [sampled(p, temperature=source.choice([0, 0.7]), top_p=source.choice([1, 0.8])) for p in prompts]
+        for prompt in source.sample(others, 3):
+            batch.submit(prompt)
+        for _ in range(source.randint(0, 4)):
+            batch.step()
+        late = Sender(batch.submit(guest))
+        for prompt in source.sample(others, 3):
+            batch.submit(prompt)
+        while batch.busy:
+            batch.step()
+        assert late.answer == alone
+    assert run(build(), [sampled(guest, seed=8)]) != [alone]
+
+
+def test_a_cancelled_request_frees_its_slot_within_one_step(
+    processor: FlashSlothProcessor, build: Callable[..., ContinuousBatch]
+) -> None:
+    batch = build(max_slots=2)
+    prompts = mixed_prompts(processor, max_tokens=200)
+    senders = [Sender(batch.submit(prompt)) for prompt in prompts[:3]]
+    for _ in range(3):
+        batch.step()
+    assert (batch.stats().running, batch.stats().waiting) == (2, 1)
+    senders[0].ticket.cancel()
+    batch.step()
+    assert senders[0].answer.finish_reason == "cancelled"
+    assert (batch.stats().running, batch.stats().waiting) == (2, 0)  # the one that waited has the slot
+    senders[1].ticket.cancel()
+    senders[2].ticket.cancel()
+    batch.step()
+    assert not batch.busy
+
+
+def test_a_cancelled_request_leaves_the_queue_without_a_slot(
+    processor: FlashSlothProcessor, build: Callable[..., ContinuousBatch]
+) -> None:
+    batch = build(max_slots=1)
+    first, second = (Sender(batch.submit(prompt)) for prompt in mixed_prompts(processor, max_tokens=50)[:2])
+    batch.step()
+    second.ticket.cancel()
+    batch.step()
+    assert second.chunks == [Chunk([], "", "cancelled")]
+    assert not first.ended
+
+
+def test_a_deadline_ends_an_answer_where_it_is_and_a_request_that_still_waits(
+    processor: FlashSlothProcessor, build: Callable[..., ContinuousBatch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    batch = build(max_slots=1)
+    prompt = mixed_prompts(processor, max_tokens=50)[0]
+    running = Sender(batch.submit(sampled(prompt, deadline_s=5.0)))
+    waiting = Sender(batch.submit(sampled(prompt, deadline_s=4.0)))
+    for _ in range(3):
+        batch.step()
+    clock[0] = 104.0
+    batch.step()
+    assert waiting.answer == Answer([], "", "deadline")
+    assert not running.ended
+    clock[0] = 105.0
+    batch.step()
+    assert running.answer.finish_reason == "deadline"
+    assert len(running.answer.token_ids) == 5  # one of the prefill, one of each step
+    assert not batch.busy
+
+
+def test_waiting_prompts_do_not_stall_those_that_run(
+    processor: FlashSlothProcessor, build: Callable[..., ContinuousBatch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two decode steps, no more is read than the budgets say, and every step decodes."""
+    batch = build(max_slots=16, prefill_tokens=250, image_batch_size=2)
+    encoder, source = Encoder(processor), random.Random(0)
+    groups: list[Sequence[Prompt]] = []
+    prefill = batch.decoder.prefill
+    monkeypatch.setattr(
+        batch.decoder, "prefill", lambda prompts, slot: groups.append(prompts) or prefill(prompts, slot)
+    )
+    running = Sender(batch.submit(sampled(mixed_prompts(processor)[0], max_tokens=100)))
+    batch.step()
+    for _ in range(15):
+        batch.submit(sampled(random_prompt(encoder, source), max_tokens=100))
+    steps = 0
+    while batch.stats().waiting:
+        groups.clear()
+        tokens = batch.stats().generated_tokens
+        rows = batch.stats().running
+        batch.step()
+        steps += 1
+        (group,) = groups
+        assert len(group) * max(len(prompt.input_ids) for prompt in group) <= 250
+        assert len({prompt.image_key for prompt in group} - {None}) <= 2
+        assert batch.stats().generated_tokens == tokens + rows + 2 * len(group)
+    assert 4 < steps < 15
+    assert not running.ended
+
+
+def test_images_are_encoded_once_for_all_who_ask_about_them(
+    processor: FlashSlothProcessor, build: Callable[..., ContinuousBatch]
+) -> None:
+    batch = build()
+    prompts = mixed_prompts(processor)
+    together = run(batch, prompts)
+    assert (batch.stats().images_encoded, batch.stats().image_cache_hits) == (4, 1)
+    assert run(batch, prompts) == together
+    assert (batch.stats().images_encoded, batch.stats().image_cache_hits) == (4, 6)
+    assert batch.stats().prefill_tokens == 2 * sum(len(prompt.input_ids) for prompt in prompts)
+
+
+def test_a_full_queue_refuses(processor: FlashSlothProcessor, build: Callable[..., ContinuousBatch]) -> None:
+    batch = build(max_slots=1, max_waiting=2)
+    prompts = mixed_prompts(processor)
+    batch.submit(prompts[0])
+    batch.submit(prompts[1])
+    with pytest.raises(EngineFull, match="2 requests wait, at most 2 may"):
+        batch.submit(prompts[2])
+    batch.step()
+    assert not batch.full
+    batch.submit(prompts[2])
+
+
+def fail_on(batch: ContinuousBatch, monkeypatch: pytest.MonkeyPatch, guilty: Prompt, error: Exception) -> None:
+    prefill = batch.decoder.prefill
+
+    def failing(prompts: Sequence[Prompt], slot: int) -> torch.Tensor:
+        logits = prefill(prompts, slot)
+        if guilty in prompts:
+            raise error
+        return logits
+
+    monkeypatch.setattr(batch.decoder, "prefill", failing)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), ValueError("no turn")])
+def test_a_request_that_fails_in_its_prefill_fails_alone(
+    processor: FlashSlothProcessor,
+    build: Callable[..., ContinuousBatch],
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+) -> None:
+    prompts = mixed_prompts(processor)
+    expected, batch = run(build(), prompts), build()
+    fail_on(batch, monkeypatch, prompts[3], error)
+    early = Sender(batch.submit(prompts[0]))
+    batch.step()
+    senders = [Sender(batch.submit(prompt)) for prompt in prompts[1:]]
+    while batch.busy:
+        batch.step()
+    answers = [sender.answer for sender in [early, *senders]]
+    assert answers[:3] + answers[4:] == expected[:3] + expected[4:]
+    assert senders[2].chunks == [Chunk([], "", "error", f"{type(error).__name__}: {error}")]
+    assert senders[2].ticket.failure is error
+    assert error.__traceback__ is None  # its frames hold tensors
+    monkeypatch.undo()
+    assert run(batch, prompts) == expected
+
+
+def test_out_of_memory_in_a_decode_step_ends_the_newest_request_and_nobody_loses_a_token(
+    processor: FlashSlothProcessor, build: Callable[..., ContinuousBatch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [sampled(p, temperature=0.8, seed=3) for p in mixed_prompts(processor)]
+    expected, batch = run(build(), prompts), build(max_slots=3)
+    decode = batch.decoder.decode
+
+    def failing(tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
+        logits = decode(tokens, positions)
+        if len(tokens) > 2:
+            raise torch.OutOfMemoryError("three are too many")
+        return logits
+
+    monkeypatch.setattr(batch.decoder, "decode", failing)
+    senders = [Sender(batch.submit(prompt)) for prompt in prompts[:4]]
+    batch.step()
+    batch.step()
+    assert senders[2].answer.finish_reason == "error"
+    monkeypatch.undo()
+    while batch.busy:
+        batch.step()
+    answers = [sender.answer for sender in senders]
+    assert answers[:2] == expected[:2]
+    assert answers[3] == expected[3] or answers[3].finish_reason == "error"
+
+
+def test_any_other_failure_of_a_decode_step_ends_those_that_run_and_the_batch_goes_on(
+    processor: FlashSlothProcessor, build: Callable[..., ContinuousBatch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, batch = mixed_prompts(processor), build()
+    senders = [Sender(batch.submit(prompt)) for prompt in prompts]
+
+    def failing(*_: Any) -> torch.Tensor:
+        raise RuntimeError("device lost")
+
+    monkeypatch.setattr(batch.decoder, "decode", failing)
+    batch.step()
+    assert {sender.chunks[-1].error for sender in senders} == {"RuntimeError: device lost"}
+    monkeypatch.undo()
+    assert run(batch, prompts) == run(build(), prompts)
+
+
+def test_numbers_that_are_none_end_their_row_and_leave_nothing_in_its_slot(
+    processor: FlashSlothProcessor, build: Callable[..., ContinuousBatch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = mixed_prompts(processor)
+    expected, batch = run(build(), prompts), build()
+    senders = [Sender(batch.submit(prompt)) for prompt in prompts]
+    batch.step()
+    batch.slots.states[:, :, 7, :, :5] = torch.nan  # the last one, into which nothing moves
+    while batch.busy:
+        batch.step()
+    assert senders[7].chunks[-1].error == "RuntimeError: the model gives logits that are not finite"
+    assert [sender.answer for sender in senders[:7]] == expected[:7]
+    assert bool(batch.slots.states.isfinite().all())
+    assert run(batch, prompts) == expected
+
+
+def test_a_listener_that_fails_costs_its_own_request_only(
+    processor: FlashSlothProcessor, build: Callable[..., ContinuousBatch], caplog: pytest.LogCaptureFixture
+) -> None:
+    prompts, batch = mixed_prompts(processor), build()
+    calls = []
+
+    def failing(chunk: Chunk) -> None:
+        calls.append(chunk)
+        raise RuntimeError("Event loop is closed")
+
+    batch.submit(prompts[0]).set_listener(failing)
+    other = Sender(batch.submit(prompts[1]))
+    with caplog.at_level(logging.ERROR):
+        while batch.busy:
+            batch.step()
+    assert len(calls) == 1
+    assert "Event loop is closed" in caplog.text
+    assert other.answer == run(build(), prompts[1:2])[0]
+
+
+def spoiled(prompt: Prompt, what: str) -> Prompt:
+    pixels = prompt.pixel_values
+    assert pixels is not None
+    changes: dict[str, dict[str, Any]] = {
+        "no image": {"pixel_values": None, "image_key": None},
+        "float pixels": {"pixel_values": pixels.astype(np.float32)},
+        "two tiles": {"pixel_values": np.concatenate([pixels, pixels])},
+        "no tokens": {"input_ids": [], "question_ids": []},
+        "short questions": {"question_ids": prompt.question_ids[1:]},
+        "cut": {"input_ids": prompt.input_ids[:-8], "question_ids": prompt.question_ids[:-8]},
+        "too long": {"sampling": replace(prompt.sampling, max_tokens=1000)},
+    }
+    return replace(prompt, **changes[what])
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("no image", "9 image placeholders stand in input_ids, the image gives 0"),
+        ("float pixels", r"float32\[1, 3, 126, 126\], this model takes uint8\[1, 3, 126, 126\]"),
+        ("two tiles", r"uint8\[2, 3, 126, 126\]"),
+        ("no tokens", "0 input_ids and 0 question_ids"),
+        ("short questions", r"\d+ input_ids and \d+ question_ids"),
+        ("cut", "query tokens are no whole number of turns of 9"),
+        ("too long", r"up to 1000 answer tokens are 10\d\d, a slot holds 1024"),
+    ],
+)
+def test_a_prompt_that_can_never_be_answered_is_refused(
+    processor: FlashSlothProcessor, build: Callable[..., ContinuousBatch], what: str, message: str
+) -> None:
+    batch = build()
+    with pytest.raises(ValueError, match=message):
+        batch.submit(spoiled(mixed_prompts(processor)[0], what))
+    assert not batch.busy
+
+
+def test_a_missing_image_is_not_made_up_for_by_somebody_elses(
+    processor: FlashSlothProcessor, build: Callable[..., ContinuousBatch]
+) -> None:
+    """In one batch their numbers would match, and one would read the other's picture."""
+    batch, prompts = build(), mixed_prompts(processor)
+    surplus = replace(prompts[1], pixel_values=prompts[0].pixel_values)
+    with pytest.raises(ValueError, match="0 image placeholders stand in input_ids, the image gives 9"):
+        batch.submit(surplus)
+
+
+def test_a_prompt_that_just_fits_is_answered(
+    processor: FlashSlothProcessor, build: Callable[..., ContinuousBatch]
+) -> None:
+    prompt = mixed_prompts(processor)[0]
+    longest = len(prompt.input_ids) + 40
+    (answer,) = run(build(max_length=longest), [sampled(prompt, max_tokens=40)])
+    assert len(answer.token_ids) == 40
+    with pytest.raises(ValueError, match=f"a slot holds {longest}"):
+        build(max_length=longest).submit(sampled(prompt, max_tokens=41))
