@@ -5,37 +5,49 @@ S3's endpoint, region and keys come from the environment (`AWS_ENDPOINT_URL`, `A
 
 Every object is written whole or not at all: an object store publishes a PUT when it is complete, and a local file is
 written beside its place and renamed into it.
+
+Every wait is bounded, transient faults are tried again with jitter, and what fails for good names its object
+(`pipelines.storage_faults`).
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import os
-import time
 import uuid
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-# Listings are never cached: a resumed run must see what another machine wrote a moment ago. Standard retries back off
-# with jitter and cover throttling (503), timeouts and connections that break off.
-_OPTIONS = {
-    "s3": {"use_listings_cache": False, "config_kwargs": {"retries": {"mode": "standard", "max_attempts": 8}}},
-    "s3a": {"use_listings_cache": False, "config_kwargs": {"retries": {"mode": "standard", "max_attempts": 8}}},
+from pipelines.storage_faults import StorageError, naming, pause, s3_error, whole_body
+
+# Listings are never cached: a resumed run must see what another machine wrote a moment ago.
+_S3_OPTIONS: dict[str, Any] = {
+    "use_listings_cache": False,
+    "config_kwargs": {
+        "connect_timeout": 10,  # seconds
+        "read_timeout": 30,  # seconds without a byte
+        "retries": {"mode": "standard", "total_max_attempts": 6},
+    },
 }
 _CREATE_TRIES = 6
-
-
-class StorageError(ValueError):
-    """A place cannot do what preparation needs of it; the message names the place."""
+_CONFLICTS = ("ConditionalRequestConflict", "OperationAborted")
+_ONE_PUT = 5 * 2**30  # the largest object that S3 takes in one request, which leaves no parts behind when it fails
+_THREADS = 16  # an object store answers in tens of milliseconds
 
 
 def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system that holds `uri`, and the path of `uri` on it."""
     protocol = uri.partition("://")[0] if "://" in uri else "file"
-    return fsspec.core.url_to_fs(uri, **_OPTIONS.get(protocol, {}))
+    file_system, path = fsspec.core.url_to_fs(uri, **(_S3_OPTIONS if protocol in ("s3", "s3a") else {}))
+    if _is_s3(file_system):
+        file_system.retries = 1  # s3fs would repeat what botocore has given up on, and multiply the attempts
+    return file_system, path
 
 
 def is_local(uri: str) -> bool:
@@ -57,30 +69,72 @@ def join(uri: str, *parts: str) -> str:
 def exists(uri: str) -> bool:
     """Whether an object lies at `uri`."""
     file_system, path = filesystem(uri)
-    return file_system.exists(path)
+    with naming(uri):
+        return file_system.exists(path)
 
 
 def read_bytes(uri: str) -> bytes:
-    """The whole object at `uri`. Raises FileNotFoundError or PermissionError."""
+    """The whole object at `uri`.
+
+    Raises:
+        FileNotFoundError: there is none.
+        PermissionError: it may not be read.
+        StorageError: the store kept failing.
+    """
+    return _read(*filesystem(uri), uri)
+
+
+def read_below(folder: str, name: str) -> bytes:
+    """The whole object `name` below `folder`. `name` is joined as a path: it is never parsed for protocols.
+
+    Raises: as `read_bytes`.
+    """
+    file_system, path = filesystem(folder)
+    return _read(file_system, f"{path.rstrip('/')}/{name}", join(folder, name))
+
+
+def read_range(uri: str, start: int, stop: int) -> bytes:
+    """The bytes of the object at `uri` from offset `start` up to `stop`; fewer where the object ends before.
+
+    Raises: as `read_bytes`.
+    """
+    if start >= stop:
+        return b""
     file_system, path = filesystem(uri)
-    return file_system.cat_file(path)
+    with naming(uri):
+        try:
+            data = whole_body(lambda: file_system.cat_file(path, start=start, end=stop))
+        except OSError as error:
+            if s3_error(error).get("Code") in ("InvalidRange", "416"):
+                return b""
+            raise
+    if len(data) > stop - start:
+        raise StorageError(f"{uri}: asked for bytes {start} to {stop}, got {len(data)}: this store ignores ranges")
+    return data
 
 
 def read_many(uris: Sequence[str]) -> list[bytes]:
-    """The objects at `uris`, in their order; on an object store they are fetched together."""
-    if not uris:
-        return []
-    file_system = filesystem(uris[0])[0]
-    paths = [filesystem(uri)[1] for uri in uris]
-    found = file_system.cat(paths, on_error="raise")
-    return [found[path] for path in paths] if isinstance(found, dict) else [found]
+    """The objects at `uris`, in their order, many at a time."""
+    with ThreadPoolExecutor(_THREADS) as threads:
+        return list(threads.map(read_bytes, uris))
+
+
+def open_file(uri: str, block_bytes: int = 8 * 2**20) -> BinaryIO:
+    """The object at `uri` as a file that can be read and sought; of an object store `block_bytes` at a time."""
+    file_system, path = filesystem(uri)
+    if isinstance(file_system, LocalFileSystem):
+        return open(path, "rb")
+    with naming(uri):
+        size = file_system.size(path)
+    return io.BufferedReader(_RangedFile(uri, size), block_bytes)  # type: ignore[return-value]  # typeshed's two worlds
 
 
 def list_names(uri: str) -> list[str]:
     """Names of the objects directly below `uri`, sorted; an empty list where the folder does not exist."""
     file_system, path = filesystem(uri)
     try:
-        return sorted(entry.rstrip("/").rpartition("/")[2] for entry in file_system.ls(path, detail=False))
+        with naming(uri):
+            return sorted(entry.rstrip("/").rpartition("/")[2] for entry in file_system.ls(path, detail=False))
     except FileNotFoundError:
         return []
 
@@ -88,44 +142,40 @@ def list_names(uri: str) -> list[str]:
 def fingerprint(uri: str) -> str:
     """What changes when the object at `uri` changes: its size with its ETag, or with its time of modification."""
     file_system, path = filesystem(uri)
-    facts = file_system.info(path)
+    with naming(uri):
+        facts = file_system.info(path)
     stamp = facts.get("ETag") or facts.get("etag") or facts.get("mtime") or facts.get("LastModified")
     return f"{facts['size']}-{str(stamp).strip(chr(34))}"
 
 
 def write_bytes(uri: str, data: bytes | memoryview) -> None:
-    """Write `data` at `uri`, replacing what is there; a reader sees the old object or the new one, never a part."""
+    """Write `data` at `uri`, replacing what is there; a reader sees the old object or the new one, never a part.
+
+    Raises:
+        OSError: the disk is full, or the place may not be written.
+        StorageError: the store kept failing.
+    """
     file_system, path = filesystem(uri)
-    if not isinstance(file_system, LocalFileSystem):
-        file_system.pipe_file(path, bytes(data))
-        return
-    temporary = _write_beside(Path(path), data)
-    os.replace(temporary, path)
+    with naming(uri):
+        if not isinstance(file_system, LocalFileSystem):
+            file_system.pipe_file(path, bytes(data), **_in_one_put(file_system))
+            return
+        temporary = _write_beside(Path(path), data)
+        os.replace(temporary, path)
 
 
 def put_if_absent(uri: str, data: bytes) -> bool:
-    """Write `data` at `uri` unless an object is there; of several writers at once exactly one gets True.
+    """Write `data` at `uri` unless an object is there. Whether `data` is what lies there now.
+
+    Of several writers of different data exactly one gets True. The store's own word on who was first is not enough:
+    where the answer to a request is lost, its repetition (in botocore or, unnoticed by all above it, in aiohttp) finds
+    what the first one wrote. So an object that is there is read back.
 
     Raises:
-        StorageError: the store gave no clear answer, several times over.
+        OSError: the disk is full, or the place may not be written.
+        StorageError: the store kept failing, or gave no clear answer several times over.
     """
-    file_system, path = filesystem(uri)
-    if isinstance(file_system, LocalFileSystem):
-        return _link_if_absent(Path(path), data)
-    for attempt in range(_CREATE_TRIES):
-        try:
-            # Sends If-None-Match: *. S3 answers 412 where an object is, 409 where another write is under way.
-            file_system.pipe_file(path, data, mode="create")
-            return True
-        except FileExistsError:
-            return False
-        except OSError as error:
-            if _s3_code(error) == "PreconditionFailed":
-                return False
-            if _s3_code(error) not in ("ConditionalRequestConflict", "OperationAborted"):
-                raise
-        time.sleep(0.05 * 2**attempt)
-    raise StorageError(f"{uri}: the store kept answering 409 (conflict) to a conditional write; try again")
+    return _create(uri, data) or read_bytes(uri) == data
 
 
 def require_conditional_writes(uri: str) -> None:
@@ -134,7 +184,7 @@ def require_conditional_writes(uri: str) -> None:
     Raises:
         StorageError: a second write of the same object was let through.
     """
-    if put_if_absent(uri, read_bytes(uri)):
+    if _create(uri, read_bytes(uri)):
         raise StorageError(
             f"{uri}: this store overwrites where a write says 'only if absent' (If-None-Match), so two runs could undo "
             "each other's work; prepare into a store that supports conditional writes, or a local folder"
@@ -146,10 +196,65 @@ def sha256(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _s3_code(error: OSError) -> str | None:
-    # s3fs makes 412 a FileExistsError only where the answer names the condition, which not every server does.
-    answer = getattr(error.__cause__, "response", None)
-    return answer["Error"].get("Code") if answer else None
+class _RangedFile(io.RawIOBase):
+    def __init__(self, uri: str, size: int) -> None:
+        self._uri, self._size, self._position = uri, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        self._position = max(base + offset, 0)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        data = read_range(self._uri, self._position, min(self._position + len(buffer), self._size))
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+
+def _read(file_system: fsspec.AbstractFileSystem, path: str, uri: str) -> bytes:
+    # One request: s3fs would ask for the size first, and read a large object in parts that may be of two versions.
+    options = {"max_concurrency": 1} if _is_s3(file_system) else {}
+    with naming(uri):
+        return whole_body(lambda: file_system.cat_file(path, **options))
+
+
+def _create(uri: str, data: bytes) -> bool:
+    """Whether a conditional write was let through."""
+    file_system, path = filesystem(uri)
+    with naming(uri):
+        if isinstance(file_system, LocalFileSystem):
+            return _link_if_absent(Path(path), data)
+        for attempt in range(1, _CREATE_TRIES + 1):
+            try:
+                # Sends If-None-Match: *. S3 answers 412 where an object is, 409 where another write is under way.
+                file_system.pipe_file(path, data, mode="create", **_in_one_put(file_system))
+                return True
+            except FileExistsError:
+                return False
+            except OSError as error:
+                # s3fs makes 412 a FileExistsError only where the answer names the condition, which not all servers do.
+                code = s3_error(error).get("Code")
+                if code == "PreconditionFailed":
+                    return False
+                if code not in _CONFLICTS:
+                    raise
+            pause(attempt)
+    raise StorageError(f"{uri}: the store kept answering 409 (conflict) to a conditional write; try again")
+
+
+def _is_s3(file_system: fsspec.AbstractFileSystem) -> bool:
+    return "s3" in file_system.protocol
+
+
+def _in_one_put(file_system: fsspec.AbstractFileSystem) -> dict[str, int]:
+    return {"chunksize": _ONE_PUT} if _is_s3(file_system) else {}
 
 
 def _link_if_absent(path: Path, data: bytes) -> bool:

@@ -67,8 +67,7 @@ def scan_array(path: str) -> Iterator[Extent]:
 
 def read_rows(path: str, span: Span) -> Iterator[tuple[str, Any]]:
     """(location, parsed JSON value or RowError) of each row of `span`, in order."""
-    file_system, inner = storage.filesystem(path)
-    data = file_system.cat_file(inner, start=span.start, end=span.stop)
+    data = storage.read_range(path, span.start, span.stop)
     rows = _lines_of(data, span) if is_json_lines(path) else _elements_of(data, span, path)
     for location, text in rows:
         yield f"{path}:{location}", _parse(text)
@@ -102,8 +101,7 @@ def _until_end(scanner: _ArrayScanner, data: bytes) -> Iterable[Extent]:
 
 
 def _blocks(path: str) -> Iterator[bytes]:
-    file_system, inner = storage.filesystem(path)
-    with file_system.open(inner, "rb", block_size=_BLOCK) as file:
+    with storage.open_file(path, _BLOCK) as file:
         while block := file.read(_BLOCK):
             yield block
 

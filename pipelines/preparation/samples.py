@@ -192,10 +192,8 @@ def fetch_image(root: str, image: str) -> bytes:
     """
     if image.startswith(("/", "\\")) or _SCHEME.match(image) or ".." in re.split(r"[/\\]", image):
         raise RowError("path_not_allowed", f"{image!r}: an image is a path below the source's image_root")
-    file_system, folder = storage.filesystem(root)
     try:
-        # Joined as a path, not as a URI: what a row says is never parsed for protocols.
-        return file_system.cat_file(f"{folder.rstrip('/')}/{image}")
+        return storage.read_below(root, image)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         raise RowError("image_missing", f"{image!r}: no such file below {root}") from error
     except PermissionError as error:

@@ -29,6 +29,7 @@ def test_put_if_absent_keeps_the_first(place: str) -> None:
     uri = storage.join(place, "receipts", "0.json")
     assert storage.put_if_absent(uri, b"first")
     assert not storage.put_if_absent(uri, b"second")
+    assert storage.put_if_absent(uri, b"first")  # again: it is there
     assert storage.read_bytes(uri) == b"first"
     assert storage.list_names(storage.join(place, "receipts")) == ["0.json"]
 
@@ -61,26 +62,41 @@ def test_fingerprint_changes_with_the_object(place: str) -> None:
     assert storage.fingerprint(uri) != before
 
 
+def test_ranges_and_files_read_what_is_there(place: str) -> None:
+    uri = storage.join(place, "corpus.jsonl")
+    data = bytes(range(256)) * 40
+    storage.write_bytes(uri, data)
+    assert storage.read_range(uri, 100, 300) == data[100:300]
+    assert storage.read_range(uri, len(data) - 3, len(data) + 50) == data[-3:]
+    assert storage.read_range(uri, len(data) + 5, len(data) + 50) == b""
+    assert storage.read_range(uri, 7, 7) == b""
+    with storage.open_file(uri, block_bytes=1000) as file:
+        assert file.read() == data
+        file.seek(-2, 2)
+        assert file.read() == data[-2:]
+        file.seek(5000)
+        assert file.read(3000) == data[5000:8000]
+        assert file.tell() == 8000
+
+
+def test_what_is_missing_is_named(place: str) -> None:
+    uri = storage.join(place, "nothing.bin")
+    for read in (storage.read_bytes, storage.fingerprint, lambda uri: storage.read_range(uri, 0, 5)):
+        with pytest.raises(FileNotFoundError, match=uri):
+            read(uri)
+    with pytest.raises(FileNotFoundError, match=uri):
+        storage.read_below(place, "nothing.bin")
+
+
 def test_listing_an_absent_folder_is_empty(place: str) -> None:
     assert storage.list_names(storage.join(place, "nothing", "here")) == []
-
-
-def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def disk_full(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", disk_full)
-    for write in (storage.write_bytes, storage.put_if_absent):
-        with pytest.raises(OSError, match="No space left"):
-            write(str(tmp_path / "shard.arrow"), b"half")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_store_without_conditional_writes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     uri = str(tmp_path / "plan.json")
     storage.write_bytes(uri, b"{}")
     storage.require_conditional_writes(uri)
-    monkeypatch.setattr(storage, "put_if_absent", lambda uri, data: True)
+    monkeypatch.setattr(storage, "_create", lambda uri, data: True)
     with pytest.raises(storage.StorageError, match=r"plan\.json.*If-None-Match"):
         storage.require_conditional_writes(uri)
 
