@@ -80,7 +80,8 @@ def run_chunks(
             )
         receipts = samples.map_batches(partial(write_chunk, work=work), **whole_block)
     try:
-        for batch in receipts.iter_batches(batch_size=None, batch_format="pyarrow"):
+        # To prefetch would be to hold a finished chunk back until another one is: a kill would then cost it as well.
+        for batch in receipts.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             yield from (Receipt.model_validate_json(text) for text in batch["receipt"].to_pylist())
     except RayTaskError as error:
         raise _original(error) from error
