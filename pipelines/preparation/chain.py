@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext
-from ray.exceptions import RayTaskError
+from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError, RayTaskError
 
 from flashsloth import FlashSlothProcessor
 from pipelines.encode import PatchEncoder
@@ -38,6 +38,10 @@ _LOUD_LOGGERS = ("exceptions", "_internal.execution.streaming_executor_state", "
 
 
 Step = ParamSpec("Step")
+
+
+class ClusterError(ValueError):
+    """Ray could not carry out the chunks; the message says what it lacks."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ def run_chunks(
 
     Raises:
         what a task raised, without Ray's wrapping: PlanError, EncoderError, AccountingError, OSError, ...
+        ClusterError: Ray itself failed: its object store is full, its nodes are gone, ...
     """
     example_every = max(1, len(plan.chunks) // _EXAMPLES)
     work = Work(plan.identity(), plan.terms, files, output, ray.put(processor), example_every)
@@ -83,7 +88,7 @@ def run_chunks(
         # To prefetch would be to hold a finished chunk back until another one is: a kill would then cost it as well.
         for batch in receipts.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             yield from (Receipt.model_validate_json(text) for text in batch["receipt"].to_pylist())
-    except RayTaskError as error:
+    except RayError as error:
         raise _original(error) from error
 
 
@@ -102,8 +107,19 @@ def _carried(step: Callable[Step, pa.Table]) -> Callable[Step, pa.Table]:
     return run
 
 
-def _original(error: RayTaskError) -> BaseException:
-    return error.cause.args[0] if isinstance(error.cause, _Carrier) else error
+def _original(error: RayError) -> BaseException:
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(cause, _Carrier):
+        return cause.args[0]
+    if isinstance(cause, ObjectStoreFullError | OutOfDiskError):
+        return ClusterError(
+            "Ray's object store is full, and so is the disk that it spills to: give the nodes more object store memory "
+            "or disk, or make chunks smaller (chunk_rows, in another output). What is done is kept: run again to go "
+            "on from here"
+        )
+    if isinstance(error, RayTaskError):
+        return error
+    return ClusterError(f"Ray: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
 
 
 @_carried
