@@ -27,6 +27,7 @@ from .configuration_flashsloth import TILES
 GREY = (127, 127, 127)  # int(255 * mean): what the published HD padding uses; also what shows through transparency
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+WITH_GIF = (*IMAGE_FORMATS, "GIF")  # whoever takes GIFs takes their first frame
 MAX_PIXELS = 50_000_000  # 150 MB as RGB; a 48-megapixel phone photo passes, and Pillow itself only warns at 89 million
 MIN_SIDE = 4  # pixels; below this there is nothing to see
 MAX_SIDE = 12_000  # pixels; the HD square pads the short side up to the long one, so area alone does not bound memory
@@ -42,7 +43,8 @@ class ImageError(ValueError):
 
     Attributes:
         reason: one of image_empty, image_format_not_allowed, image_too_large, image_bad_size, image_truncated,
-            image_undecodable; stable, meant for counting.
+            image_undecodable, and for documents that only bear an image's name image_is_html, image_is_xml,
+            image_is_svg, image_is_pdf, image_is_eps; stable, meant for counting.
         detail: what was found, for a person.
     """
 
@@ -204,6 +206,10 @@ def _open_header(data: bytes, formats: Sequence[str]) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise ImageError("image_too_large", str(error)) from error
     except UnidentifiedImageError as error:
+        document = _document_kind(data)
+        if document:
+            detail = f"{len(data)} bytes of {document.upper()}; accepted: {', '.join(formats)}"
+            raise ImageError(f"image_is_{document}", detail) from error
         foreign = _foreign_format(data, formats)
         if foreign:
             raise ImageError("image_format_not_allowed", f"{foreign}; accepted: {', '.join(formats)}") from error
@@ -222,6 +228,18 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
         raise ImageError("image_too_large", f"{width}x{height} = {width * height} pixels; at most {max_pixels}")
     if long > MAX_SIDE:
         raise ImageError("image_too_large", f"{width}x{height}; at most {MAX_SIDE} pixels a side")
+
+
+def _document_kind(data: bytes) -> str | None:
+    """What the data is that only bears an image's name: most often the page with which a server refused a download."""
+    head = data[:1024].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if head.startswith((b"%!ps", b"\xc5\xd0\xd3\xc6")):
+        return "eps"
+    if head.startswith(b"%pdf-"):
+        return "pdf"
+    if head.startswith((b"<?xml", b"<svg", b"<!--", b"<!doctype", b"<html", b"<head", b"<body")):
+        return "svg" if b"<svg" in head else "html" if b"html" in head or b"<body" in head else "xml"
+    return None
 
 
 def _foreign_format(data: bytes, formats: Sequence[str]) -> str | None:

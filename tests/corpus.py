@@ -43,12 +43,14 @@ def bad_rows(folder: Path) -> dict[str, Row | str]:
     images = folder / "images"
     (images / "empty.jpg").touch()
     (images / "page.jpg").write_text("<!DOCTYPE html><html><body>403 Forbidden</body></html>")
+    (images / "noise.jpg").write_bytes(b"\xff\xd8\xff" + bytes(range(256)) + b"\xff\xd9")
     picture(0).save(images / "moving.jpg", "GIF")
     (images / "cut.jpg").write_bytes(encoded(0)[:-300])
     return {
         "image_missing": row(0, image="images/nowhere.jpg"),
         "image_empty": row(0, image="images/empty.jpg"),
-        "image_undecodable": row(0, image="images/page.jpg"),
+        "image_is_html": row(0, image="images/page.jpg"),
+        "image_undecodable": row(0, image="images/noise.jpg"),
         "image_format_not_allowed": row(0, image="images/moving.jpg"),
         "image_truncated": row(0, image="images/cut.jpg"),
         "path_not_allowed": row(0, image="../secret.jpg"),

@@ -101,7 +101,7 @@ def test_a_download_that_broke_off_is_truncated(image_format, percent):
     assert reason(data[: len(data) * percent // 100]) == "image_truncated"
 
 
-@pytest.mark.parametrize("image_format", ["GIF", "EPS", "PPM", "ICO"])
+@pytest.mark.parametrize("image_format", ["GIF", "PPM", "ICO"])
 def test_other_formats_are_refused_by_name(image_format):
     with pytest.raises(ImageError, match=f"image_format_not_allowed: {image_format}; accepted: JPEG, PNG"):
         decode_image(encoded(noise(), image_format))
@@ -113,9 +113,27 @@ def test_a_gif_gives_its_first_frame_where_it_is_accepted():
     assert decode_image(data, formats=(*IMAGE_FORMATS, "GIF")).getpixel((0, 0)) == (255, 0, 0)
 
 
-@pytest.mark.parametrize("data", [b"hello", b"<svg></svg>", bytes(1000), b"\xff\xd8\xff\xd9"])
+@pytest.mark.parametrize("data", [b"hello", b"<p>", bytes(1000), b"\xff\xd8\xff\xd9"])
 def test_bytes_that_are_no_image(data):
     assert reason(data) == "image_undecodable"
+
+
+@pytest.mark.parametrize(
+    ("kind", "data"),
+    [
+        ("html", b"<!DOCTYPE html>\n<html><body>403 Forbidden</body></html>"),
+        ("html", b"\xef\xbb\xbf  <HTML><head></head></HTML>"),
+        ("xml", b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>'),
+        ("svg", b"<svg xmlns='http://www.w3.org/2000/svg'></svg>"),
+        ("svg", b'<?xml version="1.0"?>\n<!-- drawn -->\n<svg width="8" height="8"></svg>'),
+        ("pdf", encoded(noise(), "PDF")),
+        ("eps", encoded(noise(), "EPS")),
+        ("eps", b"\xc5\xd0\xd3\xc6" + bytes(26)),
+    ],
+)
+def test_a_document_that_bears_an_images_name_is_told_by_its_kind(kind, data):
+    with pytest.raises(ImageError, match=f"^image_is_{kind}: {len(data)} bytes of {kind.upper()}; accepted: JPEG, PNG"):
+        decode_image(data)
 
 
 def test_no_bytes():
