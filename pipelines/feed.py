@@ -26,7 +26,7 @@ import torch
 
 from flashsloth import FlashSlothProcessor
 from flashsloth.collation import IGNORED_LABEL, collate
-from flashsloth.image_processing_flashsloth import decode_image
+from flashsloth.image_processing_flashsloth import WITH_GIF, decode_image
 from pipelines.shards.reader import ShardedDataset
 
 
@@ -264,7 +264,9 @@ def model_inputs(row: dict[str, Any], processor: FlashSlothProcessor) -> dict[st
     """The part of a stored row that a batch is made of; an image stored as encoded bytes is decoded here."""
     sample: dict[str, Any] = {name: row[name] for name in ("input_ids", "labels", "question_ids")}
     if row.get("image_bytes") is not None:
-        sample["pixel_values"] = processor.image_processor.to_uint8(decode_image(row["image_bytes"]))
+        # Whether a GIF may stand for its first frame was decided when the rows were prepared.
+        image = decode_image(row["image_bytes"], formats=WITH_GIF)
+        sample["pixel_values"] = processor.image_processor.to_uint8(image)
     for name in ("pixel_values", "patch_features"):
         if row.get(name) is not None:
             sample[name] = row[name]
