@@ -35,6 +35,13 @@ _S3_OPTIONS: dict[str, Any] = {
         "retries": {"mode": "standard", "total_max_attempts": 6},
     },
 }
+_OPTIONS: dict[str, dict[str, Any]] = {
+    **{protocol: _S3_OPTIONS for protocol in ("s3", "s3a")},
+    **{protocol: {"use_listings_cache": False} for protocol in ("gs", "gcs", "hf")},
+}
+_PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub"}
+# What tells two versions of an object apart, by store: S3, Google, the Hugging Face hub, a local disk, others.
+_STAMPS = ("ETag", "etag", "blob_id", "mtime", "LastModified", "last_modified", "created")
 _CREATE_TRIES = 6
 _CONFLICTS = ("ConditionalRequestConflict", "OperationAborted")
 _ONE_PUT = 5 * 2**30  # the largest object that S3 takes in one request, which leaves no parts behind when it fails
@@ -42,9 +49,18 @@ _THREADS = 16  # an object store answers in tens of milliseconds
 
 
 def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system that holds `uri`, and the path of `uri` on it."""
+    """The file system that holds `uri`, and the path of `uri` on it.
+
+    Raises:
+        ValueError: nothing that is installed knows `uri`'s protocol; the message names the package to install.
+    """
     protocol = uri.partition("://")[0] if "://" in uri else "file"
-    file_system, path = fsspec.core.url_to_fs(uri, **(_S3_OPTIONS if protocol in ("s3", "s3a") else {}))
+    try:
+        file_system, path = fsspec.core.url_to_fs(uri, **_OPTIONS.get(protocol, {}))
+    except ImportError as error:
+        package = _PACKAGES.get(protocol)
+        remedy = f"install the package {package}" if package else str(error)
+        raise ValueError(f"{uri}: cannot be read, because support for {protocol}:// is missing: {remedy}") from error
     if _is_s3(file_system):
         file_system.retries = 1  # s3fs would repeat what botocore has given up on, and multiply the attempts
     return file_system, path
@@ -139,13 +155,48 @@ def list_names(uri: str) -> list[str]:
         return []
 
 
+def is_pattern(uri: str) -> bool:
+    """Whether `uri` stands for all objects that it matches."""
+    return "*" in uri or "?" in uri
+
+
+def match(pattern: str) -> dict[str, str]:
+    """The objects that `pattern` matches: their names below its fixed part -> their URIs, in the order of names."""
+    file_system, path = filesystem(pattern)
+    fixed = path[: min(path.find(sign) for sign in "*?" if sign in path)].rpartition("/")[0]
+    prefix = "" if isinstance(file_system, LocalFileSystem) else pattern[: pattern.index("://") + 3]
+    with naming(pattern):
+        found = file_system.glob(path, detail=True)
+    files = sorted(name for name, facts in found.items() if facts["type"] == "file")
+    return {name.removeprefix(fixed).lstrip("/"): prefix + name for name in files}
+
+
+def list_files(folder: str) -> dict[str, str]:
+    """The objects at any depth below `folder`: their names below it -> their fingerprints, in the order of names.
+
+    Raises: as `read_bytes`.
+    """
+    file_system, path = filesystem(folder)
+    with naming(folder):
+        found = file_system.find(path, detail=True)
+        if not found and not file_system.exists(path):
+            raise FileNotFoundError(folder)
+    root = path.rstrip("/") + "/"
+    return {name.removeprefix(root): _fingerprint(found[name], name) for name in sorted(found)}
+
+
 def fingerprint(uri: str) -> str:
-    """What changes when the object at `uri` changes: its size with its ETag, or with its time of modification."""
+    """What changes when the object at `uri` changes: its size with its ETag, or with its time of modification.
+
+    Of a folder it is the number of objects in it, at any depth, with a hash over their names and fingerprints.
+    """
     file_system, path = filesystem(uri)
     with naming(uri):
         facts = file_system.info(path)
-    stamp = facts.get("ETag") or facts.get("etag") or facts.get("mtime") or facts.get("LastModified")
-    return f"{facts['size']}-{str(stamp).strip(chr(34))}"
+    if facts["type"] == "directory":
+        inside = list_files(uri)
+        return f"{len(inside)}-{sha256(repr(inside).encode())}"
+    return _fingerprint(facts, uri)
 
 
 def write_bytes(uri: str, data: bytes | memoryview) -> None:
@@ -194,6 +245,13 @@ def require_conditional_writes(uri: str) -> None:
 def sha256(data: bytes | memoryview) -> str:
     """The hash that names and checks everything written here, as 64 hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
+
+
+def _fingerprint(facts: dict[str, Any], uri: str) -> str:
+    stamp = next((facts[name] for name in _STAMPS if facts.get(name) is not None), None)
+    if stamp is None:
+        raise StorageError(f"{uri}: this store tells neither a hash nor a time, so a change could go unnoticed")
+    return f"{facts['size']}-{str(stamp).strip(chr(34))}"
 
 
 class _RangedFile(io.RawIOBase):
