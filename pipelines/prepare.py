@@ -7,7 +7,9 @@ some receipts; the next run with the same settings does the chunks that have non
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import groupby
 
 import ray
 
@@ -24,9 +26,11 @@ from pipelines.preparation.plan import (
     PlanError,
     SourceTerms,
     Terms,
+    check_rows,
     code_identity,
-    index_source,
+    index_files,
     load_plan,
+    scans,
     source_terms,
 )
 from pipelines.preparation.processor import load_processor
@@ -84,7 +88,7 @@ def make_terms(settings: PrepareSettings, processor: FlashSlothProcessor) -> Ter
     shape = _image_shape(settings, processor, tower)
     dtype = settings.encoder.dtype if settings.encoder else "uint8" if settings.payload == "pixels" else None
     return Terms(
-        sources=[source_terms(source) for source in settings.sources],
+        sources=source_terms(settings.sources),
         layout=settings.layout,
         payload=settings.payload,
         max_length=settings.max_length or processor.max_length,
@@ -101,15 +105,14 @@ def make_terms(settings: PrepareSettings, processor: FlashSlothProcessor) -> Ter
 
 
 def make_plan(terms: Terms, files: tuple[SourceFiles, ...]) -> Plan:
-    """Index the sources, each in a task of its own, so that no file passes through the driver."""
-    index = ray.remote(index_source)
-    parts: list[list[Chunk]] = ray.get(
-        [
-            index.remote(number, source, file.path, terms.chunk_rows)
-            for number, (source, file) in enumerate(zip(terms.sources, files, strict=True))
-        ]
-    )
-    return Plan(terms=terms, chunks=[chunk for part in parts for chunk in part])
+    """Index the files, each in a task of its own, so that none passes through the driver."""
+    index = ray.remote(index_files)
+    paths = [file.path for file in files]
+    lots = scans(terms.sources)
+    parts: list[list[Chunk]] = ray.get([index.remote(lot, terms.sources, paths, terms.chunk_rows) for lot in lots])
+    chunks = [chunk for part in parts for chunk in part]
+    check_rows(terms.sources, chunks)
+    return Plan(terms=terms, chunks=chunks)
 
 
 def check_terms(output: str, planned: Terms, now: Terms) -> None:
@@ -192,9 +195,13 @@ def _chunk_rows(shape: list[int] | None, dtype: str | None) -> int:
 
 
 def _describe(plan: Plan) -> str:
-    lines = [
-        f"  {source.name}: {sum(chunk.rows for chunk in plan.chunks if chunk.source == number):,} rows of {source.path}"
-        for number, source in enumerate(plan.terms.sources)
-    ]
+    rows: Counter[str] = Counter()
+    for chunk in plan.chunks:
+        rows[plan.terms.sources[chunk.source].corpus] += chunk.rows
+    lines = []
+    for corpus, members in groupby(plan.terms.sources, key=lambda source: source.corpus):
+        first, *others = members
+        lines.append(f"  {corpus}: {rows[corpus]:,} rows of {first.path}")
+        lines[-1] += f" and {len(others):,} more files" if others else ""
     total = f"{plan.num_rows:,} rows in {len(plan.chunks):,} chunks, images as {plan.terms.payload}"
     return "\n".join([f"plan {plan.identity()[:12]}: {total}", *lines])

@@ -37,6 +37,10 @@ class Row:
     content: Record | RowError
 
 
+class FileFormatError(ValueError):
+    """A file as a whole is not what its format says; the message names it."""
+
+
 class RowError(ValueError):
     """A row that cannot become a sample.
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 from pipelines import storage
 from pipelines.preparation.chain import FeatureActor, Work, write_chunk
 from pipelines.preparation.ledger import Ledger
-from pipelines.preparation.plan import Plan, index_source
+from pipelines.preparation.plan import Plan, check_rows, index_files, scans
 from pipelines.preparation.processor import load_processor
 from pipelines.preparation.samples import SampleMaker, SourceFiles
 from pipelines.preparation.settings import CONFIG_NAME, PrepareSettings
@@ -37,11 +37,10 @@ def begin(settings: PrepareSettings) -> tuple[Ledger, SampleMaker]:
     """The ledger of `settings` with its plan written, and what makes the samples of its chunks."""
     processor = load_processor(settings)
     terms = make_terms(settings, processor)
-    chunks = [
-        chunk
-        for number, source in enumerate(terms.sources)
-        for chunk in index_source(number, source, source.path, terms.chunk_rows)
-    ]
+    paths = [source.path for source in terms.sources]
+    lots = [index_files(lot, terms.sources, paths, terms.chunk_rows) for lot in scans(terms.sources)]
+    chunks = [chunk for lot in lots for chunk in lot]
+    check_rows(terms.sources, chunks)
     ledger = Ledger(settings.output, Plan(terms=terms, chunks=chunks), settings.max_quarantined_share)
     storage.write_bytes(storage.join(settings.output, CONFIG_NAME), dump_settings(settings).encode())
     files = [SourceFiles(source.path, source.image_root) for source in terms.sources]

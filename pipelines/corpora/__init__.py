@@ -7,7 +7,7 @@ it, and `read(path, span) -> Iterator[Row]`, which parses the rows of one span; 
 from collections.abc import Iterator
 from typing import Protocol
 
-from pipelines.corpora import llava
+from pipelines.corpora import images, llava, messages, parquet, sharegpt, webdataset
 from pipelines.corpora.spans import Extent, Span
 from pipelines.records import Row
 
@@ -22,4 +22,11 @@ class Format(Protocol):
         """The rows of `span`, in order; what cannot be a record carries a RowError and stops nothing."""
 
 
-FORMATS: dict[str, Format] = {"llava": llava}
+FORMATS: dict[str, Format] = {
+    "llava": llava,
+    "sharegpt": sharegpt,
+    "messages": messages,
+    "parquet": parquet,
+    "webdataset": webdataset,
+    "images": images,
+}

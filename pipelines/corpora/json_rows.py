@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from pipelines import storage
 from pipelines.corpora.spans import Extent, Span
-from pipelines.records import RowError
+from pipelines.records import FileFormatError, Record, Row, RowError
 
 _BLOCK = 8 * 2**20
 _BOM = b"\xef\xbb\xbf"
@@ -22,10 +22,6 @@ _BLANKS = b" \t\r\n"
 # comma. A string that does not end in this block leaves group 1 empty. Possessive quantifiers: nothing is read twice.
 _STRING = rb'"(?:[^"\\]++|\\.)*+'
 _TOKEN = re.compile(_STRING + rb'("?)|\{(?:[^"{}\[\]]++|' + _STRING + rb'")*+\}|[\[\]{},]', re.DOTALL)
-
-
-class FileFormatError(ValueError):
-    """A file as a whole is not what its format says; the message names it."""
 
 
 def is_json_lines(path: str) -> bool:
@@ -70,10 +66,22 @@ def read_rows(path: str, span: Span) -> Iterator[tuple[str, Any]]:
     data = storage.read_range(path, span.start, span.stop)
     rows = _lines_of(data, span) if is_json_lines(path) else _elements_of(data, span, path)
     for location, text in rows:
-        yield f"{path}:{location}", _parse(text)
+        yield f"{path}:{location}", parse(text)
 
 
-def _parse(text: bytes) -> Any:
+def read(path: str, span: Span, record: Callable[[Any], Record]) -> Iterator[Row]:
+    """The rows of `span`, in order, each with what `record` makes of it or with the RowError that it raises."""
+    for position, (location, value) in enumerate(read_rows(path, span), start=span.first_row):
+        content: Record | RowError
+        try:
+            content = value if isinstance(value, RowError) else record(value)
+        except RowError as error:
+            content = error
+        yield Row(position, location, content)
+
+
+def parse(text: bytes) -> Any:
+    """The JSON value that `text` spells, or why it spells none."""
     try:
         return json.loads(text.decode("utf-8"))
     except UnicodeDecodeError as error:

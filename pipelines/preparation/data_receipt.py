@@ -125,7 +125,8 @@ def gather(
     sides: Counter[int] = Counter()
     for receipt in receipts:
         sides.update(receipt.facts.image_sides)
-    sources = [_source(plan, number, receipts) for number in range(len(plan.terms.sources))]
+    corpora = dict.fromkeys(source.corpus for source in plan.terms.sources)
+    sources = [_source(plan, corpus, receipts) for corpus in corpora]
     return DataReceipt(
         planned=manifest.planned,
         written=manifest.written,
@@ -176,14 +177,15 @@ def render(output: str, receipt: DataReceipt) -> str:
     return template.render(output=output, receipt=receipt, thumbnails=thumbnails, worked=worked)
 
 
-def _source(plan: Plan, number: int, receipts: Sequence[Receipt]) -> SourceCounts:
-    terms = plan.terms.sources[number]
-    own = [receipt for receipt in receipts if plan.chunks[receipt.chunk].source == number]
+def _source(plan: Plan, corpus: str, receipts: Sequence[Receipt]) -> SourceCounts:
+    files = {number: source for number, source in enumerate(plan.terms.sources) if source.corpus == corpus}
+    terms = next(iter(files.values()))
+    own = [receipt for receipt in receipts if plan.chunks[receipt.chunk].source in files]
     shards = [receipt.shard for receipt in own if receipt.shard]
     ids = np.concatenate([id_hashes(receipt.facts) for receipt in own] or [np.empty(0, np.uint64)])
     return SourceCounts(
-        name=terms.name,
-        path=terms.path,
+        name=corpus,
+        path=terms.path + (f" and {len(files) - 1:,} more files" if len(files) > 1 else ""),
         format=terms.format,
         planned=sum(receipt.planned for receipt in own),
         written=sum(receipt.written for receipt in own),

@@ -8,8 +8,7 @@ from itertools import islice
 
 import numpy as np
 
-from pipelines.corpora import FORMATS
-from pipelines.preparation.plan import Chunk, Plan
+from pipelines.preparation.plan import Chunk, Plan, read_chunk
 from pipelines.preparation.samples import SourceFiles, fetch_image
 from pipelines.records import Record, RowError
 
@@ -41,7 +40,7 @@ def estimate_bytes(plan: Plan, files: Sequence[SourceFiles]) -> int:
 
 
 def _chunk_bytes(plan: Plan, chunk: Chunk, files: SourceFiles) -> float:
-    rows = FORMATS[plan.terms.sources[chunk.source].format].read(files.path, chunk.span)
+    rows = read_chunk(plan.terms.sources[chunk.source], files.path, chunk)
     records = [row.content for row in rows if isinstance(row.content, Record)]
     text = sum(len(message["content"]) for record in records for message in record.messages)
     images = [record.image for record in records if record.image is not None]

@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from flashsloth import FlashSlothProcessor
-from flashsloth.image_processing_flashsloth import decode_image
+from flashsloth.image_processing_flashsloth import WITH_GIF, decode_image
 from pipelines import storage
 from pipelines.preparation.plan import Plan, PlanError, load_plan
 from pipelines.preparation.processor import load_processor
@@ -116,7 +116,7 @@ def _learned(processor: FlashSlothProcessor, ids: list[int], labels: list[int]) 
 
 def _image(row: dict[str, Any]) -> str:
     if "image_bytes" in row:
-        width, height = decode_image(row["image_bytes"]).size
+        width, height = decode_image(row["image_bytes"], formats=WITH_GIF).size
         return f"{width} x {height} pixels, {len(row['image_bytes']):,} bytes as received"
     for name, kind in (("pixel_values", "pixels"), ("patch_features", "features")):
         if name in row:
@@ -131,14 +131,17 @@ def _quarantined(row: QuarantinedRow) -> str:
 
 def _chunk_of(plan: Plan, key: str) -> tuple[int | None, int]:
     """Number of the chunk that has the row `key`, and the row's place in it."""
-    name, _, digits = key.rpartition(":")
-    if digits.isascii() and digits.isdigit():
-        position = int(digits)
-        for number, chunk in enumerate(plan.chunks):
-            same = plan.terms.sources[chunk.source].name == name
-            if same and chunk.first_row <= position < chunk.first_row + chunk.rows:
-                return number, position - chunk.first_row
-    return None, 0
+    name, _, place = key.rpartition(":")
+    digits, _, repeat = place.partition("+")
+    if not all(part.isascii() and part.isdigit() for part in (digits, repeat or "0")):
+        return None, 0
+    nearest = None
+    for number, chunk in enumerate(plan.chunks):
+        same = plan.terms.sources[chunk.source].name == name and chunk.repeat == int(repeat or "0")
+        if same and chunk.first_row <= int(digits):
+            nearest = number
+    keys = [] if nearest is None else plan.keys(plan.chunks[nearest])
+    return (nearest, keys.index(key)) if key in keys else (None, 0)
 
 
 def _processor(folder: str, manifest: Manifest) -> tuple[FlashSlothProcessor | None, str]:

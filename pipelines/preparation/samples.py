@@ -17,12 +17,11 @@ import pyarrow as pa
 
 from flashsloth import FlashSlothProcessor
 from flashsloth.conversation import ConversationError
-from flashsloth.image_processing_flashsloth import ImageError, decode_image
+from flashsloth.image_processing_flashsloth import WITH_GIF, ImageError, decode_image
 from pipelines import storage
-from pipelines.corpora import FORMATS
 from pipelines.preparation.facts import FACT_COLUMNS, Stopwatch, thumbnail
-from pipelines.preparation.plan import Chunk, PlanError, Terms, row_key
-from pipelines.records import Record, Row, RowError
+from pipelines.preparation.plan import Chunk, PlanError, SourceTerms, Terms, read_chunk, row_key
+from pipelines.records import FileFormatError, Record, Row, RowError
 from pipelines.shards.images import ImageStore
 from pipelines.shards.schema import IGNORED_LABEL, SAMPLE_SCHEMA
 
@@ -88,6 +87,7 @@ class SampleMaker:
         self.store = store
         self._watch = Stopwatch()
         self._wants_example = False
+        self._takes_gif = False
         self._in_chunk: set[str] = set()
 
     def __call__(self, number: int, chunk: Chunk) -> pa.Table:
@@ -100,23 +100,31 @@ class SampleMaker:
         self._watch = Stopwatch()
         self._in_chunk = set()
         self._wants_example = number % self.example_every == 0
+        self._takes_gif = source.gif
         with self._watch.time("read"):
-            rows = list(FORMATS[source.format].read(files.path, chunk.span))
-        # After reading, so that a change before it or meanwhile is seen.
-        fingerprint = storage.fingerprint(files.path)
-        if fingerprint != source.fingerprint or len(rows) != chunk.rows:
-            raise PlanError(
-                f"source '{source.name}': {source.path} has changed since the plan was made (size and stamp then "
-                f"{source.fingerprint}, now {fingerprint}); prepare the new file into another output"
-            )
+            rows = self._read(source, files.path, chunk)
         samples = [
-            {**_EMPTY, "chunk": number, "key": row_key(source.name, row.position), "source": source.name}
-            | {"location": row.location}
+            {**_EMPTY, "chunk": number, "key": row_key(source.name, row.position, chunk.repeat)}
+            | {"source": source.corpus, "location": row.location}
             | self._sample(row.content, image)
             | self._watch.take()
             for row, image in self._watch.each("read", self._with_images(rows, files.image_root, source.name))
         ]
         return pa.Table.from_pylist(samples, schema=WORK_SCHEMA)
+
+    def _read(self, source: SourceTerms, path: str, chunk: Chunk) -> list[Row]:
+        try:
+            rows = read_chunk(source, path, chunk)
+        except FileFormatError:
+            _check_unchanged(source, path)
+            raise
+        _check_unchanged(source, path)  # after reading, so that a change before it or meanwhile is seen
+        if len(rows) != chunk.rows:
+            raise PlanError(
+                f"source '{source.name}': {source.path} has {len(rows)} rows where {chunk.rows} were planned; prepare "
+                "it into another output"
+            )
+        return rows
 
     def _sample(self, content: Record | RowError, image: Picture | RowError | None) -> dict[str, Any]:
         if isinstance(content, RowError):
@@ -140,7 +148,8 @@ class SampleMaker:
     def _payload(self, picture: Picture) -> dict[str, Any]:
         if picture.is_stored or picture.key in self._in_chunk:
             return {"image_key": picture.key}
-        image = decode_image(picture.data)  # for payload `original` too: what is stored can be decoded
+        # For payload `original` too: what is stored can be decoded.
+        image = decode_image(picture.data, formats=WITH_GIF) if self._takes_gif else decode_image(picture.data)
         facts: dict[str, Any] = {"image_key": picture.key, "image_side": max(image.size)}
         if picture.key:
             self._in_chunk.add(picture.key)
@@ -165,23 +174,41 @@ class SampleMaker:
             if image is None:
                 return None
             if isinstance(image, str):
-                if root is None:
-                    raise PlanError(
-                        f"source '{source}': {row.location} has an image, but the source has no image_root: set it"
-                    )
                 try:
+                    check_path(image)
+                    if root is None:
+                        raise PlanError(
+                            f"source '{source}': {row.location} has an image, but the source has no image_root: set it"
+                        )
                     image = fetch_image(root, image)
                 except RowError as error:
                     return error
             key = storage.sha256(image) if self.store else None
-            return Picture(image, key, bool(self.store and key and self.store.has(key)))
+            # A GIF that another source has brought in is none for a source that takes no GIF.
+            may_share = self._takes_gif or not image.startswith(b"GIF8")
+            return Picture(image, key, bool(may_share and self.store and key and self.store.has(key)))
 
         with ThreadPoolExecutor(_FETCH_THREADS) as threads:
             yield from zip(rows, threads.map(fetch, rows), strict=True)
 
 
+def _check_unchanged(source: SourceTerms, path: str) -> None:
+    fingerprint = storage.fingerprint(path)
+    if fingerprint != source.fingerprint:
+        raise PlanError(
+            f"source '{source.name}': {source.path} has changed since the plan was made (size and stamp then "
+            f"{source.fingerprint}, now {fingerprint}); prepare the new file into another output"
+        )
+
+
 def _rejected(error: RowError | ImageError | ConversationError, own_id: str) -> dict[str, Any]:
     return {"id": own_id, "reason": error.reason, "detail": error.detail}
+
+
+def check_path(image: str) -> None:
+    """Raise RowError path_not_allowed unless `image` is a path that stays below the folder it is joined to."""
+    if image.startswith(("/", "\\")) or _SCHEME.match(image) or ".." in re.split(r"[/\\]", image):
+        raise RowError("path_not_allowed", f"{image!r}: an image is a path below the source's image_root")
 
 
 def fetch_image(root: str, image: str) -> bytes:
@@ -190,8 +217,7 @@ def fetch_image(root: str, image: str) -> bytes:
     Raises:
         RowError: path_not_allowed, image_missing or image_forbidden.
     """
-    if image.startswith(("/", "\\")) or _SCHEME.match(image) or ".." in re.split(r"[/\\]", image):
-        raise RowError("path_not_allowed", f"{image!r}: an image is a path below the source's image_root")
+    check_path(image)
     try:
         return storage.read_below(root, image)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:

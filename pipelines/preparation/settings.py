@@ -10,24 +10,32 @@ from pydantic import AliasChoices, Field, field_validator, model_validator
 from pipelines.corpora import FORMATS
 from pipelines.settings import JobSettings, Section
 from pipelines.shards.manifest import Layout, Payload
+from pipelines.storage import is_pattern
 
 CONFIG_NAME = "config.yaml"
 """The resolved settings, stored beside what they produced."""
 
 
 class SourceSettings(Section):
-    """One file of a corpus."""
+    """A corpus: one file, or several of one format."""
 
     path: str
-    """A corpus file: a local path or a URI such as s3://bucket/blip_laion_cc_sbu_558k.json."""
+    """A corpus file: a local path or a URI such as s3://bucket/blip_laion_cc_sbu_558k.json, gs://... or hf://...; with
+    * or ? in it, all files that it matches, in the order of their names (hf://datasets/USER/NAME/data/*.parquet)."""
     format: str = "llava"
-    """How its rows are written; the modules of pipelines/corpora."""
+    """How its rows are written: llava, sharegpt, messages, parquet, webdataset or images; see pipelines/corpora."""
     image_root: str | None = None
-    """Folder or URI below which the rows' image paths lie."""
+    """Folder or URI below which the rows' image paths lie; not needed where the corpus holds the images itself."""
     limit: int | None = Field(default=None, gt=0)
-    """Take only the first rows, this many."""
+    """Take only the first rows, this many, of all its files together."""
+    weight: float = Field(default=1.0, gt=0, le=100)
+    """How many times a row is taken on average: 0.25 takes about a quarter of the rows, always the same ones (chosen by
+    a hash of the key), 2 takes every row twice (stored twice, the second time as KEY+1), 2.25 does both. Of `limit`
+    rows, where that is given too."""
+    gif: bool = False
+    """Take the first frame of a GIF; else its row is quarantined."""
     name: str = ""
-    """First part of its rows' keys; default: the file's name without its suffix."""
+    """First part of its rows' keys; default: the file's name without its suffix. Needed where `path` has a * or ?."""
 
     @field_validator("format")
     @classmethod
@@ -38,6 +46,10 @@ class SourceSettings(Section):
 
     @model_validator(mode="after")
     def _named(self) -> Self:
+        if not self.name and is_pattern(self.path):
+            raise ValueError(f"{self.path} stands for several files: give the source a name, for its rows' keys")
+        if "/" in self.name:
+            raise ValueError(f"name is {self.name!r}: what follows a '/' in a row's key is the file within the source")
         self.name = self.name or PurePosixPath(self.path).stem
         return self
 
@@ -106,6 +118,12 @@ class PrepareSettings(JobSettings):
             twice = next((value for value in values if values.count(value) > 1), None)
             if twice is not None:
                 raise ValueError(f"two sources have the {field} {twice!r}; rows are keyed by it, so list each once")
+        bare = next((source.name for source in self.sources if source.format == "images"), None)
+        if bare is not None:
+            raise ValueError(
+                f"source {bare!r}: a folder of images has no conversations to learn from; have them written first "
+                "(an annotation), and prepare the corpus that comes of it"
+            )
         if (self.processor is None) == (self.tokenizer is None):
             raise ValueError("give exactly one of processor and tokenizer")
         if self.tiling and not self.tokenizer:

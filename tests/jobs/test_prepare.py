@@ -50,7 +50,7 @@ def start(recipe: str, **environment: str) -> subprocess.Popen[str]:
     [
         ({"payloads": "pixels"}, "recipe.yaml: unknown field 'payloads'; did you mean 'payload'?"),
         ({"layout": "captions"}, "recipe.yaml: layout: "),
-        ({"sources": [{"path": "a.json", "format": "llama"}]}, "no such corpus format; there are: llava"),
+        ({"sources": [{"path": "a.json", "format": "llama"}]}, "no such corpus format; there are: images, llava"),
         ({"sources": [{"path": "a/x.json"}, {"path": "b/x.json"}]}, "two sources have the name 'x'"),
         ({"sources": [{"path": "x.json", "name": n} for n in "ab"]}, "two sources have the path 'x.json'"),
         ({"payload": "features"}, "payload 'features' needs an encoder"),

@@ -1,0 +1,133 @@
+"""Fields that formats share: the corpus's own id, the image, turns of a conversation, the marker for the image.
+
+Each function takes a row as its format has parsed it, of whatever types, and raises RowError for what it cannot be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pipelines.records import Message, Record, RowError
+
+IMAGE_MARKER = "<image>"
+
+
+def own_id(row: Any) -> str:
+    """The corpus's own id of `row`, empty where it has none."""
+    if not isinstance(row, dict):
+        raise RowError("row_malformed", f"a row is an object, this is {kind(row)}")
+    value = row.get("id")
+    if value is None:
+        value = ""
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise RowError("row_malformed", f"'id' is text or a number, this is {kind(value)}")
+    return text(str(value), "id", "")
+
+
+def images(row: dict[str, Any], own_id: str) -> list[Any]:
+    """What the fields `image` and `images` hold: nothing, one value, or a list of them."""
+    values = [row[field] for field in ("image", "images") if row.get(field) is not None]
+    if len(values) > 1:
+        raise RowError("row_malformed", "a row has 'image' or 'images', not both", own_id)
+    if not values:
+        return []
+    return values[0] if isinstance(values[0], list) else values
+
+
+def one_image(values: list[Any], own_id: str) -> str | bytes | None:
+    """The path, or the encoded bytes, of a row's only image; None where there is none."""
+    if not values:
+        return None
+    if len(values) > 1:
+        raise RowError("too_many_images", f"{len(values)} images in a row; FlashSloth looks at one", own_id)
+    if isinstance(values[0], bytes):
+        return values[0]
+    if not isinstance(values[0], str) or not values[0]:
+        raise RowError("row_malformed", f"'image' is a path, this is {kind(values[0])}", own_id)
+    return text(values[0], "image", own_id)
+
+
+def turns(
+    values: Any, own_id: str, field: str, names: tuple[str, str], roles: Mapping[str, str]
+) -> list[tuple[str, Any]]:
+    """(role, content) of each turn in the list `values`, content of whatever type.
+
+    Args:
+        values: what the row holds in `field`.
+        own_id: of the row.
+        field: its name, for messages.
+        names: of a turn's two fields: who speaks, and what.
+        roles: the format's name of a speaker -> ours.
+    """
+    if not isinstance(values, list) or not values:
+        raise RowError("row_malformed", f"'{field}' is a list of turns, this is {kind(values)}", own_id)
+    found = []
+    for number, turn in enumerate(values):
+        if not isinstance(turn, dict):
+            raise RowError("row_malformed", f"turn {number} is an object, this is {kind(turn)}", own_id)
+        role = turn.get(names[0])
+        if not isinstance(role, str) or role not in roles:
+            raise RowError("row_malformed", f"turn {number} is from {role!r}; known: {', '.join(roles)}", own_id)
+        found.append((roles[role], turn.get(names[1])))
+    return found
+
+
+def plain_messages(turns: list[tuple[str, Any]], own_id: str, name: str) -> list[Message]:
+    """Messages out of turns whose content, in the field `name`, is text."""
+    messages = []
+    for number, (role, value) in enumerate(turns):
+        if not isinstance(value, str):
+            raise RowError("row_malformed", f"turn {number}: '{name}' is text, this is {kind(value)}", own_id)
+        messages.append(Message(role=role, content=text(value, f"turn {number}", own_id)))
+    return messages
+
+
+def record(row: dict[str, Any], own_id: str, messages: list[Message], image: str | bytes | None) -> Record:
+    """A record with the `question_types` of `row`, a list with one text per user turn or nothing."""
+    types = row.get("question_types") or []
+    if not isinstance(types, list) or not all(isinstance(kind, str) for kind in types):
+        raise RowError("row_malformed", "'question_types' is a list of texts", own_id)
+    num_questions = sum(message["role"] == "user" for message in messages)
+    if types and len(types) != num_questions:
+        raise RowError("row_malformed", f"{len(types)} question_types for {num_questions} user turns", own_id)
+    return Record(messages, own_id, image, [text(kind, "question_types", own_id) for kind in types])
+
+
+def without_marker(messages: list[Message], has_image: bool, own_id: str) -> list[Message]:
+    """`messages` without the marker, which must stand once in the first question, or nowhere if there is no image.
+
+    Only questions are looked at: an answer that spells the marker is text.
+    """
+    marked = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    counts = [messages[i]["content"].count(IMAGE_MARKER) for i in marked]
+    if sum(counts) != int(has_image):
+        raise RowError("image_marker_mismatch", f"{sum(counts)} {IMAGE_MARKER} for {int(has_image)} image(s)", own_id)
+    if not has_image:
+        return messages
+    if counts[0] != 1:
+        turn = counts.index(1) + 1
+        raise RowError("image_marker_misplaced", f"{IMAGE_MARKER} stands in question {turn}, not in the first", own_id)
+    content = messages[marked[0]]["content"].replace(IMAGE_MARKER, "").strip()
+    return [Message(role="user", content=content) if i == marked[0] else m for i, m in enumerate(messages)]
+
+
+def text(value: str, field: str, own_id: str) -> str:
+    """`value`, which must be text that can be stored: without NUL and without halves of surrogate pairs."""
+    if "\0" in value:
+        raise RowError("row_malformed", f"'{field}' contains a NUL character", own_id)
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RowError("row_malformed", f"'{field}' contains half of a surrogate pair", own_id) from error
+    return value
+
+
+def kind(value: Any) -> str:
+    """What `value` is, for a person."""
+    if value is None:
+        return "missing or null"
+    if value in ("", []):
+        return "an empty text" if value == "" else "an empty list"
+    names = {dict: "an object", list: "a list", str: "text", bool: "a truth value", int: "a number", float: "a number"}
+    return names.get(type(value), f"a {type(value).__name__}")
