@@ -1,0 +1,46 @@
+"""Measure what is claimed of this software's speed; one command per subject, and a JSON file beside each printed table.
+
+    python jobs/benchmark.py data                     # preparing images and reading shards, on a local disk
+    python jobs/benchmark.py data --s3 s3://BUCKET/F  # and on an object store; AWS_ENDPOINT_URL names another than AWS
+    python jobs/benchmark.py data --quick             # small enough to see whether it runs; its figures mean nothing
+
+Ends with status 0 where every bound is met, 1 where one is not.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from pipelines.benchmarks.data import DataBenchmark, measure_data
+from pipelines.benchmarks.settings import BenchmarkSettings
+from pipelines.benchmarks.table import Report
+from pipelines.settings import load_settings
+
+# Subject -> its settings, and what measures it with them.
+_SUBJECTS: dict[str, tuple[type[BenchmarkSettings], Callable[[Any], Report]]] = {
+    "data": (DataBenchmark, measure_data),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure one subject, print what was found and store it."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] not in _SUBJECTS:
+        print(f"error: name what to measure: benchmark.py {{{','.join(_SUBJECTS)}}} [--help]", file=sys.stderr)
+        return 2
+    settings_class, measure = _SUBJECTS[arguments[0]]
+    settings = load_settings(settings_class, arguments[1:], prog=f"benchmark.py {arguments[0]}")
+    try:
+        report = measure(settings)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    path = report.save(settings.output)
+    print(f"\n{report.text()}\n\n{path}")
+    return 0 if all(bound.is_met for bound in report.bounds) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Benchmarks: what is claimed of this software's speed, measured against something else in the same run."""
