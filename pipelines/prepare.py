@@ -23,20 +23,18 @@ from pipelines.preparation.ledger import Ledger
 from pipelines.preparation.plan import (
     Chunk,
     Plan,
-    PlanError,
-    SourceTerms,
     Terms,
     check_rows,
     code_identity,
     index_files,
     load_plan,
     scans,
-    source_terms,
 )
 from pipelines.preparation.processor import load_processor
 from pipelines.preparation.progress import Progress
 from pipelines.preparation.samples import SourceFiles
 from pipelines.preparation.settings import CONFIG_NAME, PrepareSettings
+from pipelines.preparation.sources import PlanError, SourceTerms, source_terms
 from pipelines.ray_session import start_ray
 from pipelines.settings import dump_settings
 from pipelines.shards.manifest import MANIFEST_NAME, Manifest

@@ -194,9 +194,13 @@ def fingerprint(uri: str) -> str:
     with naming(uri):
         facts = file_system.info(path)
     if facts["type"] == "directory":
-        inside = list_files(uri)
-        return f"{len(inside)}-{sha256(repr(inside).encode())}"
+        return folder_fingerprint(list_files(uri))
     return _fingerprint(facts, uri)
+
+
+def folder_fingerprint(files: dict[str, str]) -> str:
+    """The fingerprint of the folder that `list_files` has found `files` in."""
+    return f"{len(files)}-{sha256(repr(files).encode())}"
 
 
 def write_bytes(uri: str, data: bytes | memoryview) -> None:

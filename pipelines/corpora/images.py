@@ -8,7 +8,7 @@ question into `messages`, has it answered, and writes a corpus of another format
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
+from typing import NamedTuple
 
 from pipelines import storage
 from pipelines.corpora.spans import Extent, Span
@@ -18,27 +18,40 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
 def scan(path: str) -> Iterator[Extent]:
-    """The images below the folder `path`, by number; other files are passed over."""
-    return (Extent(row, row + 1, row + 1) for row in range(len(_names(path))))
+    """The images below the folder `path`, by number; other files are passed over. Looks at the folder anew."""
+    return (Extent(row, row + 1, row + 1) for row in range(len(_look(path).names)))
 
 
 def read(path: str, span: Span) -> Iterator[Row]:
-    """The rows of `span`, in order. A process lists the folder once, and again where it has changed since."""
-    names = _listing(path, storage.fingerprint(path))[span.start : span.stop]
+    """The rows of `span`, in order, by the listing that this process has made of the folder `path`."""
+    listing = _listings.get(path) or _look(path)
+    names = listing.names[span.start : span.stop]
     if len(names) < span.stop - span.start:
         raise FileFormatError(f"{path}: has fewer images than when it was looked at first")
     for position, name in enumerate(names, start=span.start):
-        location = storage.join(path, name)
         content: Record | RowError = Record([], id=name, image=name)
-        if "\0" in name or not name.isprintable():
+        if not name.isprintable():  # bytes that are no UTF-8 among them
             content = RowError("row_malformed", f"{name!r}: not a name that can be written down")
-        yield Row(position, location, content)
+        yield Row(position, storage.join(path, name), content)
 
 
-@lru_cache(maxsize=2)
-def _listing(path: str, fingerprint: str) -> tuple[str, ...]:
-    return _names(path)
+def fingerprint(path: str, expected: str) -> str:
+    """The fingerprint of the folder `path` when this process listed it; it looks again unless that is `expected`."""
+    listing = _listings.get(path)
+    return (listing if listing and listing.fingerprint == expected else _look(path)).fingerprint
 
 
-def _names(path: str) -> tuple[str, ...]:
-    return tuple(name for name in storage.list_files(path) if name.lower().endswith(SUFFIXES))
+class _Listing(NamedTuple):
+    fingerprint: str
+    names: tuple[str, ...]
+
+
+# A folder of a million objects takes a minute to list in an object store, so each process does it once, not per span.
+_listings: dict[str, _Listing] = {}
+
+
+def _look(path: str) -> _Listing:
+    files = storage.list_files(path)
+    names = tuple(name for name in files if name.lower().endswith(SUFFIXES))
+    _listings[path] = _Listing(storage.folder_fingerprint(files), names)
+    return _listings[path]

@@ -14,9 +14,10 @@ from pydantic import ValidationError
 from flashsloth import FlashSlothProcessor
 from flashsloth.image_processing_flashsloth import WITH_GIF, decode_image
 from pipelines import storage
-from pipelines.preparation.plan import Plan, PlanError, load_plan
+from pipelines.preparation.plan import Plan, load_plan
 from pipelines.preparation.processor import load_processor
 from pipelines.preparation.settings import CONFIG_NAME, PrepareSettings
+from pipelines.preparation.sources import PlanError
 from pipelines.shards.manifest import Manifest
 from pipelines.shards.reader import ShardedDataset, check
 from pipelines.shards.receipts import QuarantinedRow, Receipt, receipt_name

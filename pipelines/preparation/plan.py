@@ -9,9 +9,7 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from hashlib import blake2b
 from itertools import count, groupby, islice
 from types import ModuleType
 from typing import Any
@@ -22,46 +20,32 @@ from flashsloth import conversation, image_processing_flashsloth, processing_fla
 from pipelines import records, storage
 from pipelines.corpora import FORMATS, fields, json_rows, spans
 from pipelines.corpora.spans import Extent, Span
-from pipelines.preparation.settings import SourceSettings
-from pipelines.records import Row
+from pipelines.preparation import sources
+from pipelines.preparation.sources import PlanError, SourceTerms, check_unchanged, is_taken, row_key
+from pipelines.records import FileFormatError, Row
 from pipelines.shards import images, quantization, schema, writer
 from pipelines.shards.manifest import Layout, Payload
 
 PLAN_NAME = "plan.json"
-_THREADS = 16  # an object store answers in tens of milliseconds
 
 
-class PlanError(ValueError):
-    """The plan cannot be made, or it is not the plan of the folder that it is meant for."""
-
-
-class SourceTerms(BaseModel):
-    """One file of a source as it was when the plan was made."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str
-    """First part of its rows' keys: the source's name, and where the source has several files, `/` and the file's."""
-    format: str
-    path: str
-    image_root: str | None
-    limit: int | None
-    weight: float = 1.0
-    gif: bool = False
-    fingerprint: str
-
-    @property
-    def corpus(self) -> str:
-        """Name of the source that the file belongs to."""
-        return self.name.partition("/")[0]
-
-
-class Terms(BaseModel):
-    """All that decides what the dataset will hold."""
+class SourcedTerms(BaseModel):
+    """What decides the bytes of an output that is made of corpora."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     sources: list[SourceTerms]
+
+    def differences(self, other: SourcedTerms) -> list[str]:
+        """One line per field in which `other` differs."""
+        mine, theirs = (dict(_flatten(terms.model_dump())) for terms in (self, other))
+        fields = [field for field in {**mine, **theirs} if mine.get(field) != theirs.get(field)]
+        return [f"{field}: was {mine.get(field)!r}, now {theirs.get(field)!r}" for field in fields]
+
+
+class Terms(SourcedTerms):
+    """All that decides what the dataset will hold."""
+
     layout: Layout
     payload: Payload
     max_length: int
@@ -76,12 +60,6 @@ class Terms(BaseModel):
     processor_identity: str
     encoder_identity: str | None
     code: str
-
-    def differences(self, other: Terms) -> list[str]:
-        """One line per field in which `other` differs."""
-        mine, theirs = (dict(_flatten(terms.model_dump())) for terms in (self, other))
-        fields = [field for field in {**mine, **theirs} if mine.get(field) != theirs.get(field)]
-        return [f"{field}: was {mine.get(field)!r}, now {theirs.get(field)!r}" for field in fields]
 
 
 class Chunk(BaseModel):
@@ -105,12 +83,12 @@ class Chunk(BaseModel):
         return Span(self.start, self.stop, self.first_row, self.rows, self.first_line)
 
 
-class Plan(BaseModel):
+class CorpusPlan(BaseModel):
     """Terms and chunks. Equal inputs give an equal plan."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    terms: Terms
+    terms: SourcedTerms
     chunks: list[Chunk]
 
     @property
@@ -133,30 +111,20 @@ class Plan(BaseModel):
         return [row_key(source.name, row, chunk.repeat) for row in islice(taken, chunk.rows)]
 
 
-def row_key(source: str, position: int, repeat: int = 0) -> str:
-    """The key of a row: its source and its place in it. The corpus's own id may repeat, this cannot.
+class Plan(CorpusPlan):
+    """The plan of a preparation."""
 
-    Where a row is taken once more, its key says so: `mix:12`, `mix:12+1`.
-    """
-    return f"{source}:{position}" + (f"+{repeat}" if repeat else "")
+    terms: Terms
 
 
-def is_taken(source: SourceTerms, position: int, repeat: int) -> bool:
-    """Whether the row at `position` is taken, for the first time (`repeat` 0) or once more, by the source's weight.
-
-    It is decided by a hash of the row's key, so it hangs on no other row, and a higher weight keeps what a lower took.
-    """
-    share = source.weight - repeat
-    if share >= 1:
-        return True
-    digest = blake2b(row_key(source.name, position).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") < share * 2**64
-
-
-def read_chunk(source: SourceTerms, path: str, chunk: Chunk) -> list[Row]:
-    """The planned rows of `chunk`, in order, from the file that this process finds at `path`."""
-    rows = FORMATS[source.format].read(path, chunk.span)
-    return [row for row in rows if is_taken(source, row.position, chunk.repeat)]
+def check_terms(output: str, planned: SourcedTerms, now: SourcedTerms) -> None:
+    """Raise PlanError with every field in which `now` differs from what the folder `output` was planned with."""
+    differences = planned.differences(now)
+    if differences:
+        raise PlanError(
+            f"{output}: this folder was begun with other terms: {'; '.join(differences)}. "
+            "Run it with the terms it was begun with, or choose another output"
+        )
 
 
 def load_plan(output: str) -> Plan | None:
@@ -165,42 +133,6 @@ def load_plan(output: str) -> Plan | None:
         return Plan.model_validate_json(storage.read_bytes(storage.join(output, PLAN_NAME)))
     except FileNotFoundError:
         return None
-
-
-def source_terms(sources: Sequence[SourceSettings]) -> list[SourceTerms]:
-    """The files of `sources`, in order, each with its fingerprint.
-
-    Raises:
-        PlanError: there is no such file, it may not be read, or two sources have it.
-    """
-    named = [(source, *each) for source in sources for each in _files(source)]
-    seen: dict[str, str] = {}
-    for source, name, path in named:
-        other = seen.setdefault(storage.resolve(path), name)
-        if other != name:
-            raise PlanError(f"source '{source.name}': {path} belongs to source '{other}' too; list each file once")
-    with ThreadPoolExecutor(_THREADS) as threads:
-        return list(threads.map(_file_terms, named))
-
-
-def _files(source: SourceSettings) -> Iterator[tuple[str, str]]:
-    if not storage.is_pattern(source.path):
-        yield source.name, source.path
-        return
-    found = storage.match(source.path)
-    if not found:
-        raise PlanError(f"source '{source.name}': no file matches {source.path}")
-    for name, path in found.items():
-        yield f"{source.name}/{name}", path
-
-
-def _file_terms(named: tuple[SourceSettings, str, str]) -> SourceTerms:
-    source, name, path = named
-    try:
-        fingerprint = storage.fingerprint(path)
-    except (FileNotFoundError, PermissionError) as error:
-        raise PlanError(f"source '{source.name}': {path} cannot be read ({type(error).__name__})") from error
-    return SourceTerms(**{**source.model_dump(), "name": name, "path": path}, fingerprint=fingerprint)
 
 
 def scans(sources: Sequence[SourceTerms]) -> list[range]:
@@ -240,6 +172,31 @@ def index_files(numbers: range, sources: Sequence[SourceTerms], paths: Sequence[
     return chunks
 
 
+def read_chunk(source: SourceTerms, path: str, chunk: Chunk) -> list[Row]:
+    """The planned rows of `chunk`, in order, from the file that this process finds at `path`.
+
+    Raises:
+        PlanError: the file has changed since the plan was made.
+        FileFormatError: it has not, and cannot be read.
+    """
+    if source.format == "images":
+        check_unchanged(source, path)  # before: the rows come out of the listing that this looks at
+    try:
+        rows = [
+            row for row in FORMATS[source.format].read(path, chunk.span) if is_taken(source, row.position, chunk.repeat)
+        ]
+    except FileFormatError:
+        check_unchanged(source, path)
+        raise
+    check_unchanged(source, path)  # after reading, so that a change before it or meanwhile is seen
+    if len(rows) != chunk.rows:
+        raise PlanError(
+            f"source '{source.name}': {source.path} has {len(rows)} rows where {chunk.rows} were planned; prepare it "
+            "into another output"
+        )
+    return rows
+
+
 def check_rows(sources: Sequence[SourceTerms], chunks: Sequence[Chunk]) -> None:
     """Raise PlanError for a source that has no row in `chunks`."""
     held = {sources[chunk.source].corpus for chunk in chunks}
@@ -270,6 +227,7 @@ def code_identity() -> str:
         fields,
         json_rows,
         spans,
+        sources,
         *(FORMATS[name] for name in sorted(FORMATS)),  # type: ignore[list-item]  # modules, seen as what they offer
         records,
         quantization,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from transformers import AutoTokenizer
 
 from flashsloth import FlashSlothImageProcessor, FlashSlothProcessor
-from pipelines.preparation.plan import PlanError
 from pipelines.preparation.settings import PrepareSettings
+from pipelines.preparation.sources import PlanError
 
 _TOKENS_PER_TILE = 81
 

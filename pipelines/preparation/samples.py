@@ -20,8 +20,9 @@ from flashsloth.conversation import ConversationError
 from flashsloth.image_processing_flashsloth import WITH_GIF, ImageError, decode_image
 from pipelines import storage
 from pipelines.preparation.facts import FACT_COLUMNS, Stopwatch, thumbnail
-from pipelines.preparation.plan import Chunk, PlanError, SourceTerms, Terms, read_chunk, row_key
-from pipelines.records import FileFormatError, Record, Row, RowError
+from pipelines.preparation.plan import Chunk, Terms, read_chunk
+from pipelines.preparation.sources import PlanError, row_key
+from pipelines.records import Record, Row, RowError
 from pipelines.shards.images import ImageStore
 from pipelines.shards.schema import IGNORED_LABEL, SAMPLE_SCHEMA
 
@@ -102,7 +103,7 @@ class SampleMaker:
         self._wants_example = number % self.example_every == 0
         self._takes_gif = source.gif
         with self._watch.time("read"):
-            rows = self._read(source, files.path, chunk)
+            rows = read_chunk(source, files.path, chunk)
         samples = [
             {**_EMPTY, "chunk": number, "key": row_key(source.name, row.position, chunk.repeat)}
             | {"source": source.corpus, "location": row.location}
@@ -111,20 +112,6 @@ class SampleMaker:
             for row, image in self._watch.each("read", self._with_images(rows, files.image_root, source.name))
         ]
         return pa.Table.from_pylist(samples, schema=WORK_SCHEMA)
-
-    def _read(self, source: SourceTerms, path: str, chunk: Chunk) -> list[Row]:
-        try:
-            rows = read_chunk(source, path, chunk)
-        except FileFormatError:
-            _check_unchanged(source, path)
-            raise
-        _check_unchanged(source, path)  # after reading, so that a change before it or meanwhile is seen
-        if len(rows) != chunk.rows:
-            raise PlanError(
-                f"source '{source.name}': {source.path} has {len(rows)} rows where {chunk.rows} were planned; prepare "
-                "it into another output"
-            )
-        return rows
 
     def _sample(self, content: Record | RowError, image: Picture | RowError | None) -> dict[str, Any]:
         if isinstance(content, RowError):
@@ -190,15 +177,6 @@ class SampleMaker:
 
         with ThreadPoolExecutor(_FETCH_THREADS) as threads:
             yield from zip(rows, threads.map(fetch, rows), strict=True)
-
-
-def _check_unchanged(source: SourceTerms, path: str) -> None:
-    fingerprint = storage.fingerprint(path)
-    if fingerprint != source.fingerprint:
-        raise PlanError(
-            f"source '{source.name}': {source.path} has changed since the plan was made (size and stamp then "
-            f"{source.fingerprint}, now {fingerprint}); prepare the new file into another output"
-        )
 
 
 def _rejected(error: RowError | ImageError | ConversationError, own_id: str) -> dict[str, Any]:

@@ -50,6 +50,8 @@ class SourceSettings(Section):
             raise ValueError(f"{self.path} stands for several files: give the source a name, for its rows' keys")
         if "/" in self.name:
             raise ValueError(f"name is {self.name!r}: what follows a '/' in a row's key is the file within the source")
+        if self.format == "images":
+            self.image_root = self.image_root or self.path
         self.name = self.name or PurePosixPath(self.path).stem
         return self
 

@@ -13,8 +13,8 @@ import pytest
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
 from flashsloth.image_processing_flashsloth import decode_image
 from pipelines.preparation.ledger import PublishError
-from pipelines.preparation.plan import PlanError
 from pipelines.preparation.settings import PrepareSettings
+from pipelines.preparation.sources import PlanError
 from pipelines.prepare import prepare
 from pipelines.shards import Manifest, ShardedDataset
 from tests.corpus import bad_rows, encoded, row, write_corpus, write_processor

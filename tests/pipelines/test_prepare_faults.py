@@ -21,7 +21,7 @@ from pipelines import prepare as prepare_module
 from pipelines import storage
 from pipelines.preparation import samples
 from pipelines.preparation.ledger import PublishError
-from pipelines.preparation.plan import PlanError
+from pipelines.preparation.sources import PlanError
 from pipelines.prepare import prepare
 from pipelines.shards import Manifest, ShardedDataset, ShardError
 from tests.corpus import bad_rows, row, write_corpus, write_processor

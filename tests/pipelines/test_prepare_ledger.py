@@ -10,7 +10,8 @@ import pytest
 
 from pipelines import storage
 from pipelines.preparation.ledger import Ledger, PublishError
-from pipelines.preparation.plan import Chunk, Plan, PlanError, SourceTerms, Terms, load_plan
+from pipelines.preparation.plan import Chunk, Plan, Terms, load_plan
+from pipelines.preparation.sources import PlanError, SourceTerms
 from pipelines.shards import Manifest
 from pipelines.shards.receipts import AccountingError, QuarantinedRow, Receipt
 from pipelines.shards.schema import SAMPLE_SCHEMA

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.preparation.plan import PlanError
 from pipelines.preparation.processor import load_processor
 from pipelines.preparation.settings import PrepareSettings
+from pipelines.preparation.sources import PlanError
 from tests.fixtures.tiny import build_processor, train_tokenizer
 
 BASE = {"sources": [{"path": "corpus.json"}], "output": "out"}

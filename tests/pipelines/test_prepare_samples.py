@@ -13,9 +13,10 @@ from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
 from flashsloth.image_processing_flashsloth import decode_image
 from pipelines import storage
 from pipelines.preparation.chain import FeatureActor
-from pipelines.preparation.plan import PlanError, Terms, index_files, source_terms
+from pipelines.preparation.plan import Terms, index_files
 from pipelines.preparation.samples import WORK_SCHEMA, SampleMaker, SourceFiles, fetch_image
 from pipelines.preparation.settings import EncoderSettings, SourceSettings
+from pipelines.preparation.sources import PlanError, source_terms
 from pipelines.records import RowError
 from pipelines.shards.receipts import account
 from tests.corpus import Row, bad_rows, encoded, row, write_corpus

@@ -1,0 +1,25 @@
+"""Where the rows of corpora lie, found by tasks, so that no file passes through the driver."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import ray
+
+from pipelines.preparation.plan import Chunk, SourceTerms, check_rows, index_files, scans
+from pipelines.preparation.source_rows import SourceFiles
+
+
+def plan_chunks(sources: Sequence[SourceTerms], files: Sequence[SourceFiles], chunk_rows: int) -> list[Chunk]:
+    """The chunks of all `sources`, in order; a task for every file that can be indexed by itself.
+
+    Raises:
+        PlanError: a source holds no rows.
+        FileFormatError: a file as a whole is not of its source's format.
+    """
+    index = ray.remote(index_files)
+    paths = [file.path for file in files]
+    parts: list[list[Chunk]] = ray.get([index.remote(lot, sources, paths, chunk_rows) for lot in scans(sources)])
+    chunks = [chunk for part in parts for chunk in part]
+    check_rows(sources, chunks)
+    return chunks

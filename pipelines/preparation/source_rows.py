@@ -1,0 +1,136 @@
+"""The rows of a chunk and their images, as they lie in the corpora. Plain Python: nothing here knows of Ray."""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+from pipelines import storage
+from pipelines.preparation.plan import Chunk, PlanError, SourceTerms, read_chunk
+from pipelines.records import FileFormatError, Row, RowError
+
+# Images of a chunk are fetched ahead of the one that is asked for: an object store answers in tens of milliseconds.
+_FETCH_THREADS = 16
+_FETCHED_AHEAD = 64
+_SCHEME = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]*:/")
+
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True)
+class SourceFiles:
+    """Where a process finds a source: its file, and the folder of its images."""
+
+    path: str
+    image_root: str | None
+
+
+def source_files(sources: Sequence[SourceTerms]) -> tuple[SourceFiles, ...]:
+    """Where any process finds `sources`."""
+    return tuple(
+        SourceFiles(storage.resolve(source.path), storage.resolve(source.image_root) if source.image_root else None)
+        for source in sources
+    )
+
+
+def read_rows(source: SourceTerms, path: str, chunk: Chunk) -> list[Row]:
+    """The planned rows of `chunk`, in order, from the file that this process finds at `path`.
+
+    Raises:
+        PlanError: the file has changed since the plan was made.
+    """
+    try:
+        rows = read_chunk(source, path, chunk)
+    except FileFormatError:
+        _check_unchanged(source, path)
+        raise
+    _check_unchanged(source, path)  # after reading, so that a change before it or meanwhile is seen
+    if len(rows) != chunk.rows:
+        raise PlanError(
+            f"source '{source.name}': {source.path} has {len(rows)} rows where {chunk.rows} were planned; use another "
+            "output for it"
+        )
+    return rows
+
+
+def with_images(
+    rows: Sequence[Row], root: str | None, source: str, make: Callable[[Row, bytes | RowError | None], Made]
+) -> Iterator[tuple[Row, Made]]:
+    """`rows`, in order, each with what `make` makes of it and its image; done ahead, by threads.
+
+    `make` gets the image as received, why it cannot be had, or None where the row has none.
+
+    Raises:
+        PlanError: a row names its image and `root` is None.
+        Exception: what `make` raised.
+    """
+
+    def do(row: Row) -> Made:
+        try:
+            image = _image(row, root, source)
+        except RowError as error:
+            return make(row, error)
+        return make(row, image)
+
+    with ThreadPoolExecutor(_FETCH_THREADS) as threads:
+        waiting: deque[tuple[Row, Future[Made]]] = deque()
+        try:
+            for row in rows:
+                waiting.append((row, threads.submit(do, row)))
+                if len(waiting) >= _FETCHED_AHEAD:
+                    first, made = waiting.popleft()
+                    yield first, made.result()
+            while waiting:
+                first, made = waiting.popleft()
+                yield first, made.result()
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)
+
+
+def check_path(image: str) -> None:
+    """Raise RowError path_not_allowed unless `image` is a path that stays below the folder it is joined to."""
+    if image.startswith(("/", "\\")) or _SCHEME.match(image) or ".." in re.split(r"[/\\]", image):
+        raise RowError("path_not_allowed", f"{image!r}: an image is a path below the source's image_root")
+
+
+def fetch_image(root: str, image: str) -> bytes:
+    """The bytes of the file `image` below `root`.
+
+    Raises:
+        RowError: path_not_allowed, image_missing or image_forbidden.
+    """
+    check_path(image)
+    try:
+        return storage.read_below(root, image)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        raise RowError("image_missing", f"{image!r}: no such file below {root}") from error
+    except PermissionError as error:
+        raise RowError("image_forbidden", f"{image!r}: may not be read below {root}") from error
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise RowError("image_missing", f"{image[:80]!r}...: no such file below {root}") from error
+        raise
+
+
+def _image(row: Row, root: str | None, source: str) -> bytes | None:
+    image = None if isinstance(row.content, RowError) else row.content.image
+    if not isinstance(image, str):
+        return image
+    check_path(image)
+    if root is None:
+        raise PlanError(f"source '{source}': {row.location} has an image, but the source has no image_root: set it")
+    return fetch_image(root, image)
+
+
+def _check_unchanged(source: SourceTerms, path: str) -> None:
+    fingerprint = storage.fingerprint(path)
+    if fingerprint != source.fingerprint:
+        raise PlanError(
+            f"source '{source.name}': {source.path} has changed since the plan was made (size and stamp then "
+            f"{source.fingerprint}, now {fingerprint}); use another output for the new file"
+        )

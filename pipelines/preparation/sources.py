@@ -1,0 +1,109 @@
+"""Sources as a plan knows them: their files with fingerprints, and which of a file's rows are taken."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import blake2b
+
+from pydantic import BaseModel, ConfigDict
+
+from pipelines import storage
+from pipelines.corpora import images
+from pipelines.preparation.settings import SourceSettings
+
+_THREADS = 16  # an object store answers in tens of milliseconds
+
+
+class PlanError(ValueError):
+    """The plan cannot be made, or it is not the plan of the folder that it is meant for."""
+
+
+class SourceTerms(BaseModel):
+    """One file of a source as it was when the plan was made."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    """First part of its rows' keys: the source's name, and where the source has several files, `/` and the file's."""
+    format: str
+    path: str
+    image_root: str | None
+    limit: int | None
+    weight: float = 1.0
+    gif: bool = False
+    fingerprint: str
+
+    @property
+    def corpus(self) -> str:
+        """Name of the source that the file belongs to."""
+        return self.name.partition("/")[0]
+
+
+def source_terms(sources: Sequence[SourceSettings]) -> list[SourceTerms]:
+    """The files of `sources`, in order, each with its fingerprint.
+
+    Raises:
+        PlanError: there is no such file, it may not be read, or two sources have it.
+    """
+    named = [(source, *each) for source in sources for each in _files(source)]
+    seen: dict[str, str] = {}
+    for source, name, path in named:
+        other = seen.setdefault(os.path.realpath(path) if storage.is_local(path) else storage.resolve(path), name)
+        if other != name:
+            raise PlanError(f"source '{source.name}': {path} belongs to source '{other}' too; list each file once")
+    with ThreadPoolExecutor(_THREADS) as threads:
+        return list(threads.map(_file_terms, named))
+
+
+def check_unchanged(source: SourceTerms, path: str) -> None:
+    """Raise PlanError unless the file at `path`, or the folder, is what it was when the plan was made."""
+    # A folder is listed once per process: its rows come out of that listing, which therefore is what counts.
+    is_folder = source.format == "images"
+    now = images.fingerprint(path, source.fingerprint) if is_folder else storage.fingerprint(path)
+    if now != source.fingerprint:
+        raise PlanError(
+            f"source '{source.name}': {source.path} has changed since the plan was made (size and stamp then "
+            f"{source.fingerprint}, now {now}); prepare it as it is now into another output"
+        )
+
+
+def row_key(source: str, position: int, repeat: int = 0) -> str:
+    """The key of a row: its source and its place in it. The corpus's own id may repeat, this cannot.
+
+    Where a row is taken once more, its key says so: `mix:12`, `mix:12+1`.
+    """
+    return f"{source}:{position}" + (f"+{repeat}" if repeat else "")
+
+
+def is_taken(source: SourceTerms, position: int, repeat: int) -> bool:
+    """Whether the row at `position` is taken, for the first time (`repeat` 0) or once more, by the source's weight.
+
+    It is decided by a hash of the row's key, so it hangs on no other row, and a higher weight keeps what a lower took.
+    """
+    share = source.weight - repeat
+    if share >= 1:
+        return True
+    digest = blake2b(row_key(source.name, position).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") < share * 2**64
+
+
+def _files(source: SourceSettings) -> Iterator[tuple[str, str]]:
+    if not storage.is_pattern(source.path):
+        yield source.name, source.path
+        return
+    found = storage.match(source.path)
+    if not found:
+        raise PlanError(f"source '{source.name}': no file matches {source.path}")
+    for name, path in found.items():
+        yield f"{source.name}/{name}", path
+
+
+def _file_terms(named: tuple[SourceSettings, str, str]) -> SourceTerms:
+    source, name, path = named
+    try:
+        fingerprint = storage.fingerprint(path)
+    except (FileNotFoundError, PermissionError) as error:
+        raise PlanError(f"source '{source.name}': {path} cannot be read ({type(error).__name__})") from error
+    return SourceTerms(**{**source.model_dump(), "name": name, "path": path}, fingerprint=fingerprint)
