@@ -58,8 +58,8 @@ class ChunkFacts(BaseModel):
     examples: list[Example] = []
 
 
-class Receipt(BaseModel):
-    """What became of the rows of one chunk."""
+class ChunkReceipt(BaseModel):
+    """That one chunk of a plan is done. What of it, a subclass says."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -67,6 +67,17 @@ class Receipt(BaseModel):
     """Identity of the plan: a receipt of another plan in the same folder is an error."""
     chunk: int
     planned: int
+    """Rows of the chunk."""
+
+    @property
+    def name(self) -> str:
+        """Path of the receipt below the dataset's folder."""
+        return receipt_name(self.chunk)
+
+
+class Receipt(ChunkReceipt):
+    """What became of the rows of one chunk in preparation."""
+
     shard: ShardEntry | None
     """None where every row of the chunk is quarantined."""
     quarantined: list[QuarantinedRow]
@@ -76,11 +87,6 @@ class Receipt(BaseModel):
     def written(self) -> int:
         """Rows in the shard."""
         return self.shard.rows if self.shard else 0
-
-    @property
-    def name(self) -> str:
-        """Path of the receipt below the dataset's folder."""
-        return receipt_name(self.chunk)
 
 
 def receipt_name(chunk: int) -> str:
