@@ -1,4 +1,8 @@
-"""Samples -> padded batch. The only padding code: prepare, training, evaluation and serving all come through here."""
+"""Samples -> padded batch. The only padding code: prepare, training, evaluation and serving all come through here.
+
+`collate` gives every sample a line of the batch. `collate_packed` puts several into one, for training: their positions
+start again at 0, which is how the model keeps them apart.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -30,39 +34,70 @@ def collate(samples: Sequence[Sample], pad_token_id: int, padding_side: str = "r
     Raises:
         ValueError: for no samples, lengths or shapes that differ, labels or payloads that only some samples have.
     """
-    if not samples:
-        raise ValueError("no samples to collate")
     if padding_side not in ("left", "right"):
         raise ValueError(f"padding_side is {padding_side!r}; it must be 'left' or 'right'")
-    fills = {"input_ids": pad_token_id, "question_ids": 0}
-    labelled = [index for index, sample in enumerate(samples) if "labels" in sample]
-    if labelled:
-        if len(labelled) != len(samples):
-            raise ValueError(f"{len(labelled)} of {len(samples)} samples have labels; all or none must")
-        fills["labels"] = IGNORED_LABEL
-
-    lengths = [_length(sample, fills, index) for index, sample in enumerate(samples)]
-    batch = {
-        key: _padded([sample[key] for sample in samples], lengths, fill, padding_side) for key, fill in fills.items()
-    }
-    batch["attention_mask"] = _padded([np.ones(length) for length in lengths], lengths, 0, padding_side)
+    fills = _fills(samples, pad_token_id)
+    batch = {key: _padded([sample[key] for sample in samples], fill, padding_side) for key, fill in fills.items()}
+    batch["attention_mask"] = _padded([np.ones(len(sample["input_ids"])) for sample in samples], 0, padding_side)
     return batch | _stacked_images(samples)
 
 
-def _length(sample: Sample, keys: Mapping[str, int], index: int) -> int:
-    length = len(sample["input_ids"])
-    for key in keys:
-        if len(sample[key]) != length:
-            raise ValueError(f"sample {index}: {len(sample[key])} {key} for {length} input_ids")
-    return length
+def collate_packed(lines: Sequence[Sequence[Sample]], pad_token_id: int) -> dict[str, Tensor]:
+    """Puts the samples of a line one behind the other and pads the lines to the longest.
+
+    Loss and gradients are those of the samples on lines of their own: none attends to another, none asks another's
+    image, and no last token has to foresee the first one of its neighbour.
+
+    Args:
+        lines: the samples of each line, as `collate` takes them.
+        pad_token_id: fills `input_ids`.
+
+    Returns:
+        What `collate` returns, with `position_ids: int64[B, S]`, from 0 in every sample, in place of `attention_mask`.
+        Padding counts from 0 as well: to the model it is one more sample, and nobody's neighbour.
+
+    Raises:
+        ValueError: as `collate`, and for an empty line.
+    """
+    samples = [sample for line in lines for sample in line]
+    fills = _fills(samples, pad_token_id)
+    if empty := [index for index, line in enumerate(lines) if not line]:
+        raise ValueError(f"line {empty[0]} of {len(lines)} holds no sample")
+    joined = [{key: np.concatenate([np.asarray(sample[key]) for sample in line]) for key in fills} for line in lines]
+    positions = [np.concatenate([np.arange(len(sample["input_ids"])) for sample in line]) for line in lines]
+    if "labels" in fills:
+        for line, start in zip(joined, positions, strict=True):
+            line["labels"] = np.where(start == 0, IGNORED_LABEL, line["labels"])
+    batch = {key: _padded([line[key] for line in joined], fill, "right") for key, fill in fills.items()}
+    width = batch["input_ids"].shape[1]
+    counted = [np.concatenate([line, np.arange(width - len(line))]) for line in positions]
+    batch["position_ids"] = torch.from_numpy(np.stack(counted))
+    return batch | _stacked_images(samples)
 
 
-def _padded(rows: Sequence[Any], lengths: Sequence[int], fill: int, padding_side: str) -> Tensor:
-    width = max(lengths)
+def _fills(samples: Sequence[Sample], pad_token_id: int) -> dict[str, int]:
+    """The keys of a batch of `samples`, which are checked, and what each is filled up with."""
+    if not samples:
+        raise ValueError("no samples to collate")
+    fills = {"input_ids": pad_token_id, "question_ids": 0}
+    labelled = sum("labels" in sample for sample in samples)
+    if labelled:
+        if labelled != len(samples):
+            raise ValueError(f"{labelled} of {len(samples)} samples have labels; all or none must")
+        fills["labels"] = IGNORED_LABEL
+    for index, sample in enumerate(samples):
+        for key in fills:
+            if len(sample[key]) != len(sample["input_ids"]):
+                raise ValueError(f"sample {index}: {len(sample[key])} {key} for {len(sample['input_ids'])} input_ids")
+    return fills
+
+
+def _padded(rows: Sequence[Any], fill: int, padding_side: str) -> Tensor:
+    width = max(len(row) for row in rows)
     table = np.full((len(rows), width), fill, dtype=np.int64)
-    for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-        start = width - length if padding_side == "left" else 0
-        table[index, start : start + length] = np.asarray(row)
+    for index, row in enumerate(rows):
+        start = width - len(row) if padding_side == "left" else 0
+        table[index, start : start + len(row)] = np.asarray(row)
     return torch.from_numpy(table)
 
 

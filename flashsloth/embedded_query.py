@@ -33,7 +33,12 @@ class QueryPlan:
 
     @classmethod
     def build(
-        cls, question_ids: torch.Tensor, query_mask: torch.Tensor, image_mask: torch.Tensor, num_image_tokens: int
+        cls,
+        question_ids: torch.Tensor,
+        query_mask: torch.Tensor,
+        image_mask: torch.Tensor,
+        num_image_tokens: int,
+        sample_ids: torch.Tensor | None = None,
     ) -> QueryPlan:
         """Assign query tokens to questions and images.
 
@@ -42,6 +47,7 @@ class QueryPlan:
             query_mask: bool[B, S], query tokens.
             image_mask: bool[B, S], image placeholders.
             num_image_tokens: placeholders of one image.
+            sample_ids: int64[B, S], in packed rows the sample that a position belongs to; None where a row is one.
 
         Raises:
             ValueError: a turn with an image has no question token.
@@ -52,7 +58,10 @@ class QueryPlan:
         # The image of a query is the last one that began before it in its row; queries without one are left out.
         positions = query_mask.flatten().nonzero().squeeze(1)
         image = torch.searchsorted(starts, positions, right=True) - 1
-        owned = (image >= 0) & (rows[image.clamp(min=0)] == positions // length)
+        nearest = image.clamp(min=0)
+        owned = (image >= 0) & (rows[nearest] == positions // length)
+        if sample_ids is not None and len(starts):
+            owned &= sample_ids.flatten()[starts[nearest]] == sample_ids.flatten()[positions]
         positions, image = positions[owned], image[owned]
         per_image = torch.bincount(image, minlength=len(starts))
         capacity = int(per_image.max()) if len(starts) else 0
@@ -62,6 +71,8 @@ class QueryPlan:
         turn = question_ids.flatten()[positions]
         asked = question_ids.masked_fill(query_mask, 0)[rows[image]]
         visible = asked == turn[:, None]
+        if sample_ids is not None:  # turns are counted from 1 in every sample
+            visible &= sample_ids[rows[image]] == sample_ids.flatten()[positions, None]
         silent = (~visible.any(dim=1)).nonzero()
         if len(silent):
             at = int(positions[silent[0, 0]])

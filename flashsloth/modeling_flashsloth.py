@@ -24,7 +24,7 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_flashsloth import FlashSlothConfig
 from .embedded_query import QueryPlan
 from .language_model import FlashSlothTextModel
-from .placeholders import check_images, count_turns, plan_queries
+from .placeholders import check_images, count_turns, number_samples, plan_queries
 from .pooling import SpatialAttentionPooling
 
 # The parts that recipes train, freeze or give a learning rate of their own, and what marks the names of their
@@ -239,13 +239,18 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         image, absent = self._encode_images(pixel_values, patch_features, mm_encoder_outputs)
+        sample_ids = None
+        if position_ids is not None and attention_mask is None and past_key_values is None:
+            sample_ids = number_samples(position_ids)
+        if sample_ids is not None and kwargs.setdefault("use_cache", False):
+            raise ValueError("position_ids hold several samples a row: with use_cache they would attend to each other")
         plan = None
         if input_ids is not None:
             inputs_embeds = self.embed(input_ids, image, absent)
             if absent:
                 plan = QueryPlan.idle(input_ids.shape[1], self.config.num_query_tokens, input_ids.device)
             elif image is not None:
-                plan = plan_queries(input_ids, question_ids, self.config)
+                plan = plan_queries(input_ids, question_ids, self.config, sample_ids)
         elif image is not None:
             raise ValueError("images come with input_ids, whose placeholders say where they stand; got inputs_embeds")
         outputs = self.language_model(
@@ -324,7 +329,8 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, GenerationMi
                 appearance, row by row. In training, N = 0 says "no image in this micro-batch": the image parts then
                 run once on zeros without effect, so that ranks of one job stay in step.
             patch_features: float[N, T, P, V], what the tower makes of `pixel_values`, instead of them.
-            position_ids: int64[B, S].
+            position_ids: int64[B, S]. Without `attention_mask`, a row may hold several packed samples, each counted
+                from 0: they attend to themselves alone, and their questions and images stay apart.
             past_key_values: keys and values of earlier positions.
             inputs_embeds: float[B, S, D] instead of `input_ids`, for text alone.
             logits_to_keep: compute the logits of the last positions only (0: all).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from .configuration_flashsloth import FlashSlothConfig
 from .embedded_query import QueryPlan
@@ -43,8 +44,25 @@ def count_turns(query_mask: torch.Tensor, per_turn: int) -> int:
     return count // per_turn
 
 
-def plan_queries(input_ids: torch.Tensor, question_ids: torch.Tensor | None, config: FlashSlothConfig) -> QueryPlan:
+def number_samples(position_ids: torch.Tensor) -> torch.Tensor | None:
+    """The sample that each position of packed rows belongs to, int64[B, S] from 0; None where every row is one sample.
+
+    A sample begins wherever `position_ids` int64[B, S] does not count on by one. transformers reads its block-diagonal
+    mask off the same rule (`masking_utils.find_packed_sequence_indices`), so that both agree.
+    """
+    begins = position_ids.diff(dim=1) != 1
+    return nn.functional.pad(begins.cumsum(dim=1), (1, 0)) if bool(begins.any()) else None
+
+
+def plan_queries(
+    input_ids: torch.Tensor,
+    question_ids: torch.Tensor | None,
+    config: FlashSlothConfig,
+    sample_ids: torch.Tensor | None = None,
+) -> QueryPlan:
     """Check `question_ids` int64[B, S] against `input_ids` int64[B, S] and plan what EmbQ reads.
+
+    In packed rows, `sample_ids` int64[B, S] keeps the samples' questions and images apart.
 
     Raises:
         ValueError: it is missing or of another shape, or a turn does not carry its query tokens.
@@ -57,20 +75,29 @@ def plan_queries(input_ids: torch.Tensor, question_ids: torch.Tensor | None, con
             "together position by position (chunked prefill is not possible, a question may not be cut)"
         )
     query_mask = input_ids == config.query_token_id
-    _check_turns(query_mask, question_ids, config.num_query_tokens)
-    return QueryPlan.build(question_ids, query_mask, input_ids == config.image_token_id, config.num_image_tokens)
+    _check_turns(query_mask, question_ids, config.num_query_tokens, sample_ids)
+    image_mask = input_ids == config.image_token_id
+    return QueryPlan.build(question_ids, query_mask, image_mask, config.num_image_tokens, sample_ids)
 
 
-def _check_turns(query_mask: torch.Tensor, question_ids: torch.Tensor, per_turn: int) -> None:
+def _check_turns(
+    query_mask: torch.Tensor, question_ids: torch.Tensor, per_turn: int, sample_ids: torch.Tensor | None
+) -> None:
     turns = question_ids[query_mask].view(-1, per_turn)
     rows = query_mask.nonzero()[:, 0].view_as(turns)
-    whole = ((turns == turns[:, :1]) & (rows == rows[:, :1]) & (turns > 0)).all(dim=1)
-    whole[1:] &= (turns[1:, 0] != turns[:-1, 0]) | (rows[1:, 0] != rows[:-1, 0])
+    # A turn must not go on in the next group of query tokens, unless that is another sample's.
+    samples = rows if sample_ids is None else sample_ids[query_mask].view_as(turns)
+    same = (rows == rows[:, :1]) & (samples == samples[:, :1])
+    whole = ((turns == turns[:, :1]) & same & (turns > 0)).all(dim=1)
+    whole[1:] &= (turns[1:, 0] != turns[:-1, 0]) | (rows[1:, 0] != rows[:-1, 0]) | (samples[1:, 0] != samples[:-1, 0])
     if bool(whole.all()):
         return
     at = int((~whole).nonzero()[0])
     row, turn = int(rows[at, 0]), int(turns[at, 0])
-    count = int((query_mask[row] & (question_ids[row] == turn)).sum())
+    carry = query_mask[row] & (question_ids[row] == turn)
+    if sample_ids is not None:
+        carry &= sample_ids[row] == samples[at, 0]
+    count = int(carry.sum())
     raise ValueError(
         f"row {row}, turn {turn}: {count} query tokens carry this turn in question_ids, "
         f"the model takes {per_turn} a turn"
