@@ -10,11 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.feed import BatchLoader, Feed, Position, PreparedRows, split
+from pipelines.feed import BatchLoader, BudgetError, Feed, Mixture, Position, PreparedRows, TokenBudget, deal
+from pipelines.feed.sharing import padding_share
 from tests.prepared import coloured_rows, write_prepared
 
 
-def make_feed(num_rows: int, global_batch: int, seed: int = 0, length_group: int = 2) -> Feed:
+def make_feed(
+    num_rows: int, global_batch: int, seed: int = 0, length_group: int = 2, mixture: Mixture | None = None
+) -> Feed:
     draw = np.random.default_rng(num_rows)
     return Feed(
         num_tokens=draw.integers(5, 400, num_rows),
@@ -23,38 +26,53 @@ def make_feed(num_rows: int, global_batch: int, seed: int = 0, length_group: int
         global_batch=global_batch,
         seed=seed,
         length_group=length_group,
+        mixture=mixture,
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     num_rows=st.integers(1, 120),
-    micro=st.sampled_from([1, 2, 4]),
+    micro=st.sampled_from([1, 2, 4, TokenBudget(800), TokenBudget(2000, images=3), TokenBudget(900, 5, line=450)]),
     accumulation=st.integers(1, 3),
     interruptions=st.lists(st.integers(1, 15), max_size=4),
+    weights=st.sampled_from([None, (1.0, 1.0), (0.3, 2.5)]),
     data=st.data(),
 )
 def test_the_union_over_ranks_is_the_epoch_whatever_the_world_and_the_interruptions(
-    num_rows, micro, accumulation, interruptions, data
+    num_rows, micro, accumulation, interruptions, weights, data
 ):
-    global_batch = micro * accumulation * 4
-    feed = make_feed(num_rows, global_batch)
+    global_batch = accumulation * 4
+    mixture = Mixture([num_rows // 2, num_rows - num_rows // 2], weights) if weights else None
+    feed = make_feed(num_rows, global_batch, mixture=mixture)
     position, seen, batches = Position(), [], []
     for pause in [*interruptions, 10**6]:
-        # A new attempt: a new feed, another number of workers, from the stored position.
-        world = data.draw(st.sampled_from([1, 2, 4]))
-        feed = make_feed(num_rows, global_batch)
+        # A new attempt: a new feed, another number of workers, other micro-batches, from the stored position.
+        world = data.draw(st.sampled_from([1, 2, 3, 4, 8]))
+        feed = make_feed(num_rows, global_batch, mixture=mixture)
         left = feed.batches_per_epoch - position.batch if position.epoch == 0 else 0
         for batch in feed.walk(position, min(pause, left)):
-            steps = split(batch.rows, world, micro)
+            steps = deal(batch.rows, world, micro, feed.num_tokens, feed.has_image)
             assert all(len(step) == world for step in steps)
-            assert all(len(share) <= micro for step in steps for share in step)
-            seen += [int(row) for step in steps for share in step for row in share]
+            for share in (share for step in steps for share in step):
+                check_share(share, micro, feed)
+            seen += [int(row) for step in steps for share in step for line in share for row in line]
             batches.append(sorted(batch.rows.tolist()))
             position = batch.after
-    assert sorted(seen) == list(range(num_rows))
-    assert position.samples_seen == num_rows
-    assert batches == [sorted(rows.tolist()) for rows in make_feed(num_rows, global_batch).epoch(0)]
+    assert sorted(seen) == (mixture.rows(0, feed.seed).tolist() if mixture else list(range(num_rows)))
+    assert position.samples_seen == len(seen) == feed.rows_per_epoch
+    assert batches == [sorted(rows.tolist()) for rows in make_feed(num_rows, global_batch, mixture=mixture).epoch(0)]
+
+
+def check_share(share: list[np.ndarray], micro: int | TokenBudget, feed: Feed) -> None:
+    """A share keeps within what a micro-batch may hold."""
+    if isinstance(micro, int):
+        assert len(share) <= micro
+        return
+    lengths = [int(feed.num_tokens[line].sum()) for line in share]
+    assert len(share) * max(lengths, default=0) <= micro.tokens
+    assert sum(int(feed.has_image[line].sum()) for line in share) <= (micro.images or 10**6)
+    assert all(length <= micro.line for length in lengths) if micro.line else all(len(line) == 1 for line in share)
 
 
 def test_every_batch_but_the_last_is_whole_and_the_walk_goes_on_over_epochs():
@@ -94,9 +112,80 @@ def test_batches_hold_one_modality_and_similar_lengths():
     assert padding(batches) < 0.2 < 0.4 < padding(shuffled)
 
 
+def sizes(rows: np.ndarray, world_size: int, micro: int) -> list[list[int]]:
+    every = np.arange(len(rows))
+    return [[len(share) for share in step] for step in deal(rows, world_size, micro, every, every > 0)]
+
+
 def test_a_short_batch_is_evened_out_and_may_leave_ranks_without_rows():
-    assert [[len(share) for share in step] for step in split(np.arange(10), 4, 2)] == [[2, 2, 1, 1], [1, 1, 1, 1]]
-    assert [[len(share) for share in step] for step in split(np.arange(2), 4, 2)] == [[1, 1, 0, 0]]
+    assert sizes(np.arange(10), 4, 2) == [[2, 2, 1, 1], [1, 1, 1, 1]]
+    assert sizes(np.arange(2), 4, 2) == [[1, 1, 0, 0]]
+
+
+def drawn(num_rows: int = 96) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Row numbers, longest first, with lengths like those of conversations, half of them with an image."""
+    draw = np.random.default_rng(2)
+    lengths = np.minimum(draw.lognormal(5.5, 0.8, num_rows), 2000).astype(int) + 50
+    return np.argsort(-lengths, kind="stable"), lengths, draw.random(num_rows) < 0.5
+
+
+def test_a_token_budget_holds_as_many_rows_as_fit_and_evens_the_work_out():
+    rows, lengths, has_image = drawn()
+    fixed = deal(rows, 4, 8, lengths, has_image)
+    budgeted = deal(rows, 4, TokenBudget(16000), lengths, has_image)
+    assert len(budgeted) == 1 < len(fixed)
+    positions = [len(share) * lengths[share[0][0]] for step in budgeted for share in step]
+    assert max(positions) < 1.2 * min(positions)
+    assert {len(share) for step in budgeted for share in step} != {24}, "long rows are few, short ones many"
+    few = deal(rows, 4, TokenBudget(16000, images=8), lengths, has_image)
+    assert max(sum(has_image[line].sum() for line in share) for step in few for share in step) == 8
+
+
+def test_packing_leaves_hardly_any_padding_and_gives_every_rank_the_same():
+    rows, lengths, has_image = drawn()
+    shares = [share for step in deal(rows, 4, TokenBudget(8200, line=4100), lengths, has_image) for share in step]
+    assert {len(share) for share in shares} == {2}
+    assert padding_share(shares, lengths) < 0.02
+    one_each = [share for step in deal(rows, 4, 8, lengths, has_image) for share in step]
+    assert padding_share(one_each, lengths) > 0.05
+
+
+def test_padding_is_counted_over_all_positions():
+    lengths = np.array([4, 3, 1])
+    assert padding_share([[np.array([0]), np.array([1])], [np.array([2])], []], lengths) == 1 - 8 / 9
+    assert padding_share([[np.array([0]), np.array([1, 2])]], lengths) == 0
+
+
+def test_a_row_that_fits_nowhere_is_refused_with_both_numbers():
+    with pytest.raises(BudgetError, match="row 1 has 90 tokens, a micro-batch may hold 80"):
+        TokenBudget(80).check(np.array([3, 90, 5]))
+    with pytest.raises(BudgetError, match="row 1 has 90 tokens, a line may hold 60"):
+        TokenBudget(100, line=60).check(np.array([3, 90, 5]))
+
+
+def test_a_mixture_takes_every_row_of_a_source_before_any_comes_again():
+    mixture = Mixture([8, 6], [0.5, 2.0])
+    epochs = [mixture.rows(epoch, seed=3) for epoch in range(4)]
+    assert [len(rows) for rows in epochs] == [4 + 12] * 4
+    for first in (0, 2):
+        small = np.concatenate([rows[rows < 8] for rows in epochs[first : first + 2]])
+        assert sorted(small.tolist()) == list(range(8))
+    assert all(sorted(rows[rows >= 8].tolist()) == sorted([*range(8, 14)] * 2) for rows in epochs)
+    assert epochs[0].tolist() != epochs[2].tolist(), "the halves are drawn anew"
+
+
+def test_a_mixture_of_ones_is_the_plain_order():
+    plain, mixed = make_feed(50, 8), make_feed(50, 8, mixture=Mixture([20, 30], [1, 1]))
+    for epoch in range(2):
+        assert [b.tolist() for b in plain.epoch(epoch)] == [b.tolist() for b in mixed.epoch(epoch)]
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"), [([1.0], "1 weights are given for 2 sources"), ([1.0, 0.0], "a weight is 0.0")]
+)
+def test_weights_that_say_nothing_are_refused(weights, message):
+    with pytest.raises(ValueError, match=message):
+        Mixture([3, 4], weights)
 
 
 @pytest.fixture
