@@ -18,8 +18,12 @@ _SHAPE_FIELDS = (
 )
 
 
-class EncoderError(ValueError):
-    """The accelerator failed under the tower; another process may do better."""
+class DeviceError(ValueError):
+    """The accelerator failed; another process may do better."""
+
+
+class EncoderError(DeviceError):
+    """It failed under the tower."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class PatchEncoder:
         try:
             encoded = self._encode(torch.from_numpy(pixels).flatten(0, 1))
         except RuntimeError as error:
-            if not _is_device_failure(error):
+            if not is_device_failure(error):
                 raise
             raise EncoderError(
                 f"encoder: the tower of {self.path} failed on {self.device}: {_first_line(error)}"
@@ -131,7 +135,8 @@ def encoder_facts(path: str) -> EncoderFacts:
     )
 
 
-def _is_device_failure(error: RuntimeError) -> bool:
+def is_device_failure(error: RuntimeError) -> bool:
+    """Whether it tells of the accelerator and not of the program or of want of memory."""
     # cuBLAS and cuDNN report through a plain RuntimeError.
     return isinstance(error, torch.AcceleratorError) or any(
         word in str(error) for word in ("CUDA error", "CUDNN_STATUS")

@@ -7,40 +7,28 @@ some receipts; the next run with the same settings does the chunks that have non
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from itertools import groupby
-
-import ray
+from collections.abc import Iterator
 
 from flashsloth import FlashSlothProcessor
 from pipelines import storage
-from pipelines.encode import EncoderError, EncoderFacts, encoder_facts
+from pipelines.encode import EncoderFacts, encoder_facts
 from pipelines.preparation.chain import run_chunks
 from pipelines.preparation.data_receipt import LastRun
 from pipelines.preparation.estimate import estimate_bytes, image_bytes
+from pipelines.preparation.indexing import plan_chunks
 from pipelines.preparation.ledger import Ledger
-from pipelines.preparation.plan import (
-    Chunk,
-    Plan,
-    Terms,
-    check_rows,
-    code_identity,
-    index_files,
-    load_plan,
-    scans,
-)
+from pipelines.preparation.plan import Plan, Terms, check_terms, code_identity, load_plan
 from pipelines.preparation.processor import load_processor
 from pipelines.preparation.progress import Progress
-from pipelines.preparation.samples import SourceFiles
+from pipelines.preparation.row_images import SourceFiles, source_files
 from pipelines.preparation.settings import CONFIG_NAME, PrepareSettings
-from pipelines.preparation.sources import PlanError, SourceTerms, source_terms
+from pipelines.preparation.sources import PlanError, source_terms
 from pipelines.ray_session import start_ray
+from pipelines.ray_tasks import retried
 from pipelines.settings import dump_settings
 from pipelines.shards.manifest import MANIFEST_NAME, Manifest
 from pipelines.shards.receipts import Receipt
 
-_ENCODER_TRIES = 3
 # A worker holds a chunk a few times over (samples, shard, its bytes); Ray advises blocks of 128 MB at most.
 _BYTES_PER_CHUNK = 100 * 2**20
 _ROWS_PER_CHUNK = 500  # of encoded images: about 75 MB
@@ -67,9 +55,9 @@ def prepare(settings: PrepareSettings) -> Manifest | None:
         print(f"{settings.output}: already prepared ({manifest.written:,} rows); nothing to do", flush=True)
         return manifest
     start_ray()
-    files = tuple(_source_files(source) for source in terms.sources)
-    plan = plan or make_plan(terms, files)
-    print(_describe(plan), flush=True)
+    files = source_files(terms.sources)
+    plan = plan or Plan(terms=terms, chunks=plan_chunks(terms.sources, files, terms.chunk_rows))
+    print(plan.describe(f"images as {terms.payload}"), flush=True)
     if settings.dry_run:
         print(f"about {estimate_bytes(plan, files) / 1e9:,.3f} GB of shards, by a look at a few chunks", flush=True)
         return None
@@ -102,27 +90,6 @@ def make_terms(settings: PrepareSettings, processor: FlashSlothProcessor) -> Ter
     )
 
 
-def make_plan(terms: Terms, files: tuple[SourceFiles, ...]) -> Plan:
-    """Index the files, each in a task of its own, so that none passes through the driver."""
-    index = ray.remote(index_files)
-    paths = [file.path for file in files]
-    lots = scans(terms.sources)
-    parts: list[list[Chunk]] = ray.get([index.remote(lot, terms.sources, paths, terms.chunk_rows) for lot in lots])
-    chunks = [chunk for part in parts for chunk in part]
-    check_rows(terms.sources, chunks)
-    return Plan(terms=terms, chunks=chunks)
-
-
-def check_terms(output: str, planned: Terms, now: Terms) -> None:
-    """Raise PlanError with every field in which `now` differs from what the folder `output` was planned with."""
-    differences = planned.differences(now)
-    if differences:
-        raise PlanError(
-            f"{output}: this folder holds a preparation with other terms: {'; '.join(differences)}. "
-            "Run it with the terms it was begun with, or prepare into another output"
-        )
-
-
 def _run(
     ledger: Ledger, files: tuple[SourceFiles, ...], processor: FlashSlothProcessor, settings: PrepareSettings
 ) -> None:
@@ -145,33 +112,6 @@ def _run(
         progress.finish(ledger.num_done, ledger.num_quarantined)
 
 
-def retried(pending: Callable[[], Iterator[Receipt]]) -> Iterator[Receipt]:
-    """The receipts of all pending chunks; begins anew, with new workers, where an accelerator fails.
-
-    A CUDA error leaves its process unable to use the GPU, so only another process can show whether it was a passing
-    one.
-
-    Raises:
-        EncoderError: it failed three times without a chunk done in between.
-    """
-    failures = 0
-    while True:
-        try:
-            for receipt in pending():
-                failures = 0
-                yield receipt
-            return
-        except EncoderError as error:
-            failures += 1
-            if failures == _ENCODER_TRIES:
-                raise
-            print(f"{error}; trying again with new workers ({failures} of {_ENCODER_TRIES - 1})", flush=True)
-
-
-def _source_files(source: SourceTerms) -> SourceFiles:
-    return SourceFiles(storage.resolve(source.path), storage.resolve(source.image_root) if source.image_root else None)
-
-
 def _image_shape(
     settings: PrepareSettings, processor: FlashSlothProcessor, tower: EncoderFacts | None
 ) -> list[int] | None:
@@ -190,16 +130,3 @@ def _image_shape(
 def _chunk_rows(shape: list[int] | None, dtype: str | None) -> int:
     each = image_bytes(shape, dtype)
     return min(_ROWS_PER_CHUNK, max(1, _BYTES_PER_CHUNK // each)) if each else _ROWS_PER_CHUNK
-
-
-def _describe(plan: Plan) -> str:
-    rows: Counter[str] = Counter()
-    for chunk in plan.chunks:
-        rows[plan.terms.sources[chunk.source].corpus] += chunk.rows
-    lines = []
-    for corpus, members in groupby(plan.terms.sources, key=lambda source: source.corpus):
-        first, *others = members
-        lines.append(f"  {corpus}: {rows[corpus]:,} rows of {first.path}")
-        lines[-1] += f" and {len(others):,} more files" if others else ""
-    total = f"{plan.num_rows:,} rows in {len(plan.chunks):,} chunks, images as {plan.terms.payload}"
-    return "\n".join([f"plan {plan.identity()[:12]}: {total}", *lines])

@@ -13,7 +13,8 @@ from pipelines.preparation.chain import FeatureActor, Work, write_chunk
 from pipelines.preparation.ledger import Ledger
 from pipelines.preparation.plan import Plan, check_rows, index_files, scans
 from pipelines.preparation.processor import load_processor
-from pipelines.preparation.samples import SampleMaker, SourceFiles
+from pipelines.preparation.row_images import SourceFiles
+from pipelines.preparation.samples import SampleMaker
 from pipelines.preparation.settings import CONFIG_NAME, PrepareSettings
 from pipelines.prepare import make_terms
 from pipelines.settings import dump_settings

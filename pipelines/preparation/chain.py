@@ -5,43 +5,34 @@ Without a tower Ray fuses the steps into one task per chunk, so no sample passes
 
 from __future__ import annotations
 
-import logging
 import os
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial, wraps
-from typing import Any, ParamSpec
+from functools import partial
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext
-from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError, RayTaskError
 
 from flashsloth import FlashSlothProcessor
 from pipelines.encode import PatchEncoder
 from pipelines.preparation.facts import chunk_facts
 from pipelines.preparation.features import with_features
 from pipelines.preparation.plan import Chunk, Plan, Terms
-from pipelines.preparation.samples import SampleMaker, SourceFiles
+from pipelines.preparation.row_images import SourceFiles
+from pipelines.preparation.samples import SampleMaker
 from pipelines.preparation.settings import EncoderSettings
+from pipelines.ray_tasks import WHOLE_BLOCK, carried, column, quiet_context
 from pipelines.shards.images import ImageStore
 from pipelines.shards.receipts import QuarantinedRow, Receipt, account
 from pipelines.shards.schema import IMAGE_SCHEMA, QUARANTINE_SCHEMA, SAMPLE_SCHEMA
 from pipelines.shards.writer import write_shard
 
 _EXAMPLES = 12  # thumbnails in the data receipt, about
-_LOUD_LOGGERS = ("exceptions", "_internal.execution.streaming_executor_state", "_internal.progress")
-
-
-Step = ParamSpec("Step")
-
-
-class ClusterError(ValueError):
-    """Ray could not carry out the chunks; the message says what it lacks."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +57,7 @@ def run_chunks(
     processor: FlashSlothProcessor,
     encoder: EncoderSettings | None,
 ) -> Iterator[Receipt]:
-    """Carry out the chunks `pending` of `plan`; yields their receipts, uncommitted, as they are done, in any order.
+    """Carry out the chunks `pending` of `plan`; their receipts, uncommitted, as they are done, in any order.
 
     Raises:
         what a task raised, without Ray's wrapping: PlanError, EncoderError, AccountingError, OSError, ...
@@ -75,54 +66,18 @@ def run_chunks(
     example_every = max(1, len(plan.chunks) // _EXAMPLES)
     work = Work(plan.identity(), plan.terms, files, output, ray.put(processor), example_every)
     items = [{"number": number, **plan.chunks[number].model_dump()} for number in pending]
-    whole_block: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
-    with DataContext.current(_context()):
+    with DataContext.current(quiet_context()):
         chunks = ray.data.from_items(items, override_num_blocks=len(items))
-        samples = chunks.map_batches(partial(make_samples, work=work), **whole_block)
+        samples = chunks.map_batches(partial(make_samples, work=work), **WHOLE_BLOCK)
         if encoder:
             samples = samples.map_batches(
-                FeatureActor, fn_constructor_args=(encoder,), **whole_block, **_actors(encoder)
+                FeatureActor, fn_constructor_args=(encoder,), **WHOLE_BLOCK, **_actors(encoder)
             )
-        receipts = samples.map_batches(partial(write_chunk, work=work), **whole_block)
-    try:
-        # To prefetch would be to hold a finished chunk back until another one is: a kill would then cost it as well.
-        for batch in receipts.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            yield from (Receipt.model_validate_json(text) for text in batch["receipt"].to_pylist())
-    except RayError as error:
-        raise _original(error) from error
+        receipts = samples.map_batches(partial(write_chunk, work=work), **WHOLE_BLOCK)
+    return map(Receipt.model_validate_json, column(receipts, "receipt"))
 
 
-class _Carrier(Exception):
-    """Brings what a task raised to the driver as it is: Ray Data writes advice for its users into the first text."""
-
-
-def _carried(step: Callable[Step, pa.Table]) -> Callable[Step, pa.Table]:
-    @wraps(step)
-    def run(*args: Step.args, **kwargs: Step.kwargs) -> pa.Table:
-        try:
-            return step(*args, **kwargs)
-        except Exception as error:
-            raise _Carrier(error) from error
-
-    return run
-
-
-def _original(error: RayError) -> BaseException:
-    cause = error.cause if isinstance(error, RayTaskError) else error
-    if isinstance(cause, _Carrier):
-        return cause.args[0]
-    if isinstance(cause, ObjectStoreFullError | OutOfDiskError):
-        return ClusterError(
-            "Ray's object store is full, and so is the disk that it spills to: give the nodes more object store memory "
-            "or disk, or make chunks smaller (chunk_rows, in another output). What is done is kept: run again to go "
-            "on from here"
-        )
-    if isinstance(error, RayTaskError):
-        return error
-    return ClusterError(f"Ray: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
-
-
-@_carried
+@carried
 def make_samples(chunks: pa.Table, work: Work) -> pa.Table:
     """Chunks, of which Ray hands in one, -> their samples (columns: WORK_SCHEMA)."""
     tables = []
@@ -139,13 +94,13 @@ class FeatureActor:
         self.encoder = PatchEncoder(encoder.path, encoder.batch_size)
         self.dtype = encoder.dtype
 
-    @_carried
+    @carried
     def __call__(self, samples: pa.Table) -> pa.Table:
         """Replace the pixels of `samples`; what the tower cannot take gets a reason."""
         return with_features(samples, self.encoder, self.dtype)
 
 
-@_carried
+@carried
 def write_chunk(samples: pa.Table, work: Work) -> pa.Table:
     """The samples of one chunk -> its shard, written, and its receipt as JSON."""
     samples = _with_shared_reasons(samples) if work.terms.share_images else samples
@@ -211,21 +166,6 @@ def _maker(work: Work) -> SampleMaker:
         store = ImageStore(work.output) if work.terms.share_images else None
         _MAKERS[key] = SampleMaker(work.terms, work.files, ray.get(work.processor), work.example_every, store)
     return _MAKERS[key]
-
-
-def _context() -> DataContext:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of Ray's own old settings, which a copy touches
-        context = DataContext.get_current().copy()
-    context.target_max_block_size = None  # a chunk must come out as one block, whatever its images weigh
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    # What a task raises is ours to report, in one line; Ray Data would log it three times and ask for a bug report.
-    context.raise_original_map_exception = True
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    for name in _LOUD_LOGGERS:
-        logging.getLogger(f"ray.data.{name}").setLevel(logging.CRITICAL)
-    return context
 
 
 def _actors(encoder: EncoderSettings) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from itertools import islice
 import numpy as np
 
 from pipelines.preparation.plan import Chunk, Plan, read_chunk
-from pipelines.preparation.samples import SourceFiles, fetch_image
+from pipelines.preparation.row_images import SourceFiles, fetch_image
 from pipelines.records import Record, RowError
 
 _CHUNKS = 20

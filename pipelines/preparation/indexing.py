@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import ray
 
-from pipelines.preparation.plan import Chunk, SourceTerms, check_rows, index_files, scans
-from pipelines.preparation.source_rows import SourceFiles
+from pipelines.preparation.plan import Chunk, check_rows, index_files, scans
+from pipelines.preparation.row_images import SourceFiles
+from pipelines.preparation.sources import SourceTerms
 
 
 def plan_chunks(sources: Sequence[SourceTerms], files: Sequence[SourceFiles], chunk_rows: int) -> list[Chunk]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import count, groupby, islice
@@ -96,6 +96,18 @@ class CorpusPlan(BaseModel):
         """Rows of all chunks."""
         return sum(chunk.rows for chunk in self.chunks)
 
+    def describe(self, how: str) -> str:
+        """A line for all, which says `how` as well, and one for each source."""
+        rows: Counter[str] = Counter()
+        for chunk in self.chunks:
+            rows[self.terms.sources[chunk.source].corpus] += chunk.rows
+        lines = [f"plan {self.identity()[:12]}: {self.num_rows:,} rows in {len(self.chunks):,} chunks, {how}"]
+        for corpus, members in groupby(self.terms.sources, key=lambda source: source.corpus):
+            first, *others = members
+            lines.append(f"  {corpus}: {rows[corpus]:,} rows of {first.path}")
+            lines[-1] += f" and {len(others):,} more files" if others else ""
+        return "\n".join(lines)
+
     def to_json(self) -> bytes:
         """The bytes that are stored."""
         return self.model_dump_json().encode()
@@ -158,12 +170,18 @@ def index_files(numbers: range, sources: Sequence[SourceTerms], paths: Sequence[
     left = sources[numbers[0]].limit
     for number in numbers:
         source = sources[number]
+        whole, part = divmod(source.weight, 1)
         num_rows = 0
-        for repeat in range(math.ceil(source.weight)):
+        if whole:
             extents = _Counted(FORMATS[source.format].scan(paths[number]), left)
-            takes = None if source.weight >= repeat + 1 else partial(is_taken, source, repeat=repeat)
-            found = spans.group(extents, chunk_rows, takes)
-            chunks += [Chunk(source=number, repeat=repeat, **dataclasses.asdict(span)) for span in found]
+            found = [dataclasses.asdict(span) for span in spans.group(extents, chunk_rows)]
+            chunks += [Chunk(source=number, repeat=n, **span) for n in range(int(whole)) for span in found]
+            num_rows = extents.count
+        if part:
+            extents = _Counted(FORMATS[source.format].scan(paths[number]), left)
+            takes = partial(is_taken, source, repeat=int(whole))
+            found = [dataclasses.asdict(span) for span in spans.group(extents, chunk_rows, takes)]
+            chunks += [Chunk(source=number, repeat=int(whole), **span) for span in found]
             num_rows = extents.count
         if left is not None:
             left -= num_rows

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from typing import Generic, TypeVar
 
 from pipelines import storage
-from pipelines.preparation.plan import PLAN_NAME, CorpusPlan, PlanError
+from pipelines.preparation.plan import PLAN_NAME, CorpusPlan
+from pipelines.preparation.sources import PlanError
 from pipelines.shards.manifest import MANIFEST_NAME
 from pipelines.shards.receipts import RECEIPT_FOLDER, AccountingError, ChunkReceipt
 

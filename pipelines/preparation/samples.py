@@ -6,10 +6,7 @@ nothing can get lost between here and the shard.
 
 from __future__ import annotations
 
-import errno
-import re
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +18,8 @@ from flashsloth.image_processing_flashsloth import WITH_GIF, ImageError, decode_
 from pipelines import storage
 from pipelines.preparation.facts import FACT_COLUMNS, Stopwatch, thumbnail
 from pipelines.preparation.plan import Chunk, Terms, read_chunk
-from pipelines.preparation.sources import PlanError, row_key
+from pipelines.preparation.row_images import SourceFiles, with_images
+from pipelines.preparation.sources import row_key
 from pipelines.records import Record, Row, RowError
 from pipelines.shards.images import ImageStore
 from pipelines.shards.schema import IGNORED_LABEL, SAMPLE_SCHEMA
@@ -37,18 +35,7 @@ WORK_SCHEMA = pa.schema(
     ]
 )
 
-# Images of a chunk are fetched ahead of the one that is decoded: an object store answers in tens of milliseconds.
-_FETCH_THREADS = 16
-_SCHEME = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]*:/")
 _EMPTY = dict.fromkeys(WORK_SCHEMA.names)
-
-
-@dataclass(frozen=True)
-class SourceFiles:
-    """Where a process finds a source: its file, and the folder of its images."""
-
-    path: str
-    image_root: str | None
 
 
 @dataclass(frozen=True)
@@ -104,12 +91,13 @@ class SampleMaker:
         self._takes_gif = source.gif
         with self._watch.time("read"):
             rows = read_chunk(source, files.path, chunk)
+        fetched = with_images(rows, files.image_root, source.name, self._picture)
         samples = [
             {**_EMPTY, "chunk": number, "key": row_key(source.name, row.position, chunk.repeat)}
             | {"source": source.corpus, "location": row.location}
             | self._sample(row.content, image)
             | self._watch.take()
-            for row, image in self._watch.each("read", self._with_images(rows, files.image_root, source.name))
+            for row, image in self._watch.each("read", fetched)
         ]
         return pa.Table.from_pylist(samples, schema=WORK_SCHEMA)
 
@@ -153,56 +141,14 @@ class SampleMaker:
             "image_dtype": str(pixels.dtype),
         } | facts
 
-    def _with_images(
-        self, rows: list[Row], root: str | None, source: str
-    ) -> Iterator[tuple[Row, Picture | RowError | None]]:
-        def fetch(row: Row) -> Picture | RowError | None:
-            image = None if isinstance(row.content, RowError) else row.content.image
-            if image is None:
-                return None
-            if isinstance(image, str):
-                try:
-                    check_path(image)
-                    if root is None:
-                        raise PlanError(
-                            f"source '{source}': {row.location} has an image, but the source has no image_root: set it"
-                        )
-                    image = fetch_image(root, image)
-                except RowError as error:
-                    return error
-            key = storage.sha256(image) if self.store else None
-            # A GIF that another source has brought in is none for a source that takes no GIF.
-            may_share = self._takes_gif or not image.startswith(b"GIF8")
-            return Picture(image, key, bool(may_share and self.store and key and self.store.has(key)))
-
-        with ThreadPoolExecutor(_FETCH_THREADS) as threads:
-            yield from zip(rows, threads.map(fetch, rows), strict=True)
+    def _picture(self, row: Row, image: bytes | RowError | None) -> Picture | RowError | None:
+        if not isinstance(image, bytes):
+            return image
+        key = storage.sha256(image) if self.store else None
+        # A GIF that another source has brought in is none for a source that takes no GIF.
+        may_share = self._takes_gif or not image.startswith(b"GIF8")
+        return Picture(image, key, bool(may_share and self.store and key and self.store.has(key)))
 
 
 def _rejected(error: RowError | ImageError | ConversationError, own_id: str) -> dict[str, Any]:
     return {"id": own_id, "reason": error.reason, "detail": error.detail}
-
-
-def check_path(image: str) -> None:
-    """Raise RowError path_not_allowed unless `image` is a path that stays below the folder it is joined to."""
-    if image.startswith(("/", "\\")) or _SCHEME.match(image) or ".." in re.split(r"[/\\]", image):
-        raise RowError("path_not_allowed", f"{image!r}: an image is a path below the source's image_root")
-
-
-def fetch_image(root: str, image: str) -> bytes:
-    """The bytes of the file `image` below `root`.
-
-    Raises:
-        RowError: path_not_allowed, image_missing or image_forbidden.
-    """
-    check_path(image)
-    try:
-        return storage.read_below(root, image)
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        raise RowError("image_missing", f"{image!r}: no such file below {root}") from error
-    except PermissionError as error:
-        raise RowError("image_forbidden", f"{image!r}: may not be read below {root}") from error
-    except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            raise RowError("image_missing", f"{image[:80]!r}...: no such file below {root}") from error
-        raise

@@ -5,6 +5,7 @@ nothing published. Without Ray: the protocol is the same, and tests/jobs shows i
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import shutil
 import subprocess
@@ -19,11 +20,13 @@ import yaml
 from jobs.prepare import main
 from pipelines import prepare as prepare_module
 from pipelines import storage
+from pipelines.encode import EncoderError
 from pipelines.preparation import samples
 from pipelines.preparation.ledger import PublishError
 from pipelines.preparation.sources import PlanError
 from pipelines.prepare import prepare
 from pipelines.shards import Manifest, ShardedDataset, ShardError
+from pipelines.shards.receipts import Receipt
 from tests.corpus import bad_rows, row, write_corpus, write_processor
 from tests.fixtures.fault_proxy import Fault, FaultProxy
 from tests.fixtures.s3 import S3
@@ -149,6 +152,17 @@ def other_layout(folder: Path, patch: pytest.MonkeyPatch) -> None:
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"layout": "caption"}))
 
 
+def other_corpus(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    with (folder / "corpus.jsonl").open("a") as file:
+        file.write(json.dumps(row(NUM_ROWS)))
+
+
+def other_image_root(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    recipe["sources"][0]["image_root"] = str(folder / "images")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+
 def other_code(folder: Path, patch: pytest.MonkeyPatch) -> None:
     source = inspect.getsource
 
@@ -173,6 +187,8 @@ def other_tokenizer(folder: Path, patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (other_corpus, r"terms: sources\.0\.fingerprint: was '\d+-\S+', now '\d+-\S+'\. Run"),
+        (other_image_root, r"terms: sources\.0\.image_root: was '\S+', now '\S+/images'\. Run"),
         (other_layout, r"terms: layout: was 'chat', now 'caption'\. Run"),
         (other_code, r"terms: code: was '\w{64}', now '\w{64}'\. Run"),
         (other_tower, r"terms: encoder_identity: was '\w{64}', now '\w{64}'\. Run"),
@@ -196,8 +212,33 @@ def test_resume_with_other_terms_lists_them(
     capsys.readouterr()  # what saving the models has printed
     assert main(["--config", str(corpus / "recipe.yaml")]) == 1
     error = capsys.readouterr().err
-    assert error.startswith(f"error: {corpus}/out: this folder holds a preparation with other {message[:5]}")
+    assert error.startswith(f"error: {corpus}/out: this folder was begun with other {message[:5]}")
     assert re.search(message, error), error
+    check_unpublished(settings.output, receipts=0)
+
+
+def test_failing_accelerator_is_an_error_after_three_tries(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What Ray would bring from a worker whose GPU is broken; that a tower raises it, and a task carries it, is shown
+    in test_encode.py and tests/jobs/test_prepare_kills.py."""
+    build_tiny_model(build_processor()).save_pretrained(corpus / "model")
+    settings = prepare_settings(corpus, payload="features", encoder={"path": str(corpus / "model")})
+    ledger, _ = begin(settings)
+    tries = []
+
+    def failing(*arguments: Any) -> Iterator[Receipt]:
+        tries.append(arguments[1])
+        raise EncoderError("encoder: the tower of model failed on cuda: CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(prepare_module, "start_ray", lambda: None)
+    monkeypatch.setattr(prepare_module, "run_chunks", failing)
+    capsys.readouterr()
+    assert main(["--config", str(corpus / "out" / "config.yaml")]) == 1
+    assert capsys.readouterr().err.endswith(
+        "error: encoder: the tower of model failed on cuda: CUDA error: unspecified launch failure\n"
+    )
+    assert tries == [[0, 1, 2]] * 3
     check_unpublished(settings.output, receipts=0)
 
 

@@ -14,7 +14,8 @@ from flashsloth.image_processing_flashsloth import decode_image
 from pipelines import storage
 from pipelines.preparation.chain import FeatureActor
 from pipelines.preparation.plan import Terms, index_files
-from pipelines.preparation.samples import WORK_SCHEMA, SampleMaker, SourceFiles, fetch_image
+from pipelines.preparation.row_images import SourceFiles, fetch_image
+from pipelines.preparation.samples import WORK_SCHEMA, SampleMaker
 from pipelines.preparation.settings import EncoderSettings, SourceSettings
 from pipelines.preparation.sources import PlanError, source_terms
 from pipelines.records import RowError

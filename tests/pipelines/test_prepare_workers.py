@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from pipelines.encode import EncoderError
-from pipelines.prepare import retried
+from pipelines.ray_tasks import retried
 from pipelines.shards.receipts import Receipt
 
 

@@ -1,4 +1,4 @@
-"""The rows of a chunk and their images, as they lie in the corpora. Plain Python: nothing here knows of Ray."""
+"""The images of a chunk's rows, fetched ahead from wherever they lie. Plain Python: nothing here knows of Ray."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from pipelines import storage
-from pipelines.preparation.plan import Chunk, PlanError, SourceTerms, read_chunk
-from pipelines.records import FileFormatError, Row, RowError
+from pipelines.preparation.sources import PlanError, SourceTerms
+from pipelines.records import Row, RowError
 
 # Images of a chunk are fetched ahead of the one that is asked for: an object store answers in tens of milliseconds.
 _FETCH_THREADS = 16
@@ -36,26 +36,6 @@ def source_files(sources: Sequence[SourceTerms]) -> tuple[SourceFiles, ...]:
         SourceFiles(storage.resolve(source.path), storage.resolve(source.image_root) if source.image_root else None)
         for source in sources
     )
-
-
-def read_rows(source: SourceTerms, path: str, chunk: Chunk) -> list[Row]:
-    """The planned rows of `chunk`, in order, from the file that this process finds at `path`.
-
-    Raises:
-        PlanError: the file has changed since the plan was made.
-    """
-    try:
-        rows = read_chunk(source, path, chunk)
-    except FileFormatError:
-        _check_unchanged(source, path)
-        raise
-    _check_unchanged(source, path)  # after reading, so that a change before it or meanwhile is seen
-    if len(rows) != chunk.rows:
-        raise PlanError(
-            f"source '{source.name}': {source.path} has {len(rows)} rows where {chunk.rows} were planned; use another "
-            "output for it"
-        )
-    return rows
 
 
 def with_images(
@@ -125,12 +105,3 @@ def _image(row: Row, root: str | None, source: str) -> bytes | None:
     if root is None:
         raise PlanError(f"source '{source}': {row.location} has an image, but the source has no image_root: set it")
     return fetch_image(root, image)
-
-
-def _check_unchanged(source: SourceTerms, path: str) -> None:
-    fingerprint = storage.fingerprint(path)
-    if fingerprint != source.fingerprint:
-        raise PlanError(
-            f"source '{source.name}': {source.path} has changed since the plan was made (size and stamp then "
-            f"{source.fingerprint}, now {fingerprint}); use another output for the new file"
-        )

@@ -1,0 +1,115 @@
+"""Ray Data as the jobs use it: a block is a chunk all the way, and what goes wrong reaches the driver as it was raised.
+
+Ray Data wraps what a task raises, logs it three times and asks for a bug report; a person needs the one line.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import pyarrow as pa
+from ray.data import DataContext, Dataset
+from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError, RayTaskError
+
+from pipelines.encode import DeviceError
+
+WHOLE_BLOCK: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
+"""Arguments of `map_batches` that hand in a block as it is."""
+_DEVICE_TRIES = 3
+_LOUD_LOGGERS = ("exceptions", "_internal.execution.streaming_executor_state", "_internal.progress")
+
+Step = ParamSpec("Step")
+Done = TypeVar("Done")
+
+
+class ClusterError(ValueError):
+    """Ray could not carry out the chunks; the message says what it lacks."""
+
+
+class _Carrier(Exception):
+    """Brings what a task raised to the driver as it is: Ray Data writes advice for its users into the first text."""
+
+
+def carried(step: Callable[Step, pa.Table]) -> Callable[Step, pa.Table]:
+    """`step` of a chain, whose exceptions `column` can unwrap."""
+
+    @wraps(step)
+    def run(*args: Step.args, **kwargs: Step.kwargs) -> pa.Table:
+        try:
+            return step(*args, **kwargs)
+        except Exception as error:
+            raise _Carrier(error) from error
+
+    return run
+
+
+def column(chain: Dataset, name: str) -> Iterator[Any]:
+    """The values of a column as the blocks of `chain` are done, in any order.
+
+    Raises:
+        what a task raised, without Ray's wrapping, where its step is `carried`.
+        ClusterError: Ray itself failed: its object store is full, its nodes are gone, ...
+    """
+    try:
+        # To prefetch would be to hold a finished chunk back until another one is: a kill would then cost it as well.
+        for batch in chain.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            yield from batch[name].to_pylist()
+    except RayError as error:
+        raise _original(error) from error
+
+
+def quiet_context() -> DataContext:
+    """Settings under which a chain keeps its blocks and leaves it to us to speak."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of Ray's own old settings, which a copy touches
+        context = DataContext.get_current().copy()
+    context.target_max_block_size = None  # a chunk must come out as one block, whatever its images weigh
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.raise_original_map_exception = True
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    for name in _LOUD_LOGGERS:
+        logging.getLogger(f"ray.data.{name}").setLevel(logging.CRITICAL)
+    return context
+
+
+def retried(pending: Callable[[], Iterator[Done]]) -> Iterator[Done]:
+    """What all pending chunks give; begins anew, with new workers, where an accelerator fails.
+
+    A CUDA error leaves its process unable to use the GPU, so only another process can show whether it was a passing
+    one.
+
+    Raises:
+        DeviceError: it failed three times without a chunk done in between.
+    """
+    failures = 0
+    while True:
+        try:
+            for done in pending():
+                failures = 0
+                yield done
+            return
+        except DeviceError as error:
+            failures += 1
+            if failures == _DEVICE_TRIES:
+                raise
+            print(f"{error}; trying again with new workers ({failures} of {_DEVICE_TRIES - 1})", flush=True)
+
+
+def _original(error: RayError) -> BaseException:
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(cause, _Carrier):
+        return cause.args[0]
+    if isinstance(cause, ObjectStoreFullError | OutOfDiskError):
+        return ClusterError(
+            "Ray's object store is full, and so is the disk that it spills to: give the nodes more object store memory "
+            "or disk, or make chunks smaller (chunk_rows, in another output). What is done is kept: run again to go "
+            "on from here"
+        )
+    if isinstance(error, RayTaskError):
+        return error
+    return ClusterError(f"Ray: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
