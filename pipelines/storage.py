@@ -37,9 +37,9 @@ _S3_OPTIONS: dict[str, Any] = {
 }
 _OPTIONS: dict[str, dict[str, Any]] = {
     **{protocol: _S3_OPTIONS for protocol in ("s3", "s3a")},
-    **{protocol: {"use_listings_cache": False} for protocol in ("gs", "gcs", "hf")},
+    **{protocol: {"use_listings_cache": False} for protocol in ("gs", "gcs")},
 }
-_PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub"}
+_EXTRAS = {"gs": "gcs", "gcs": "gcs"}  # of pyproject.toml; what hf:// needs, transformers brings
 # What tells two versions of an object apart, by store: S3, Google, the Hugging Face hub, a local disk, others.
 _STAMPS = ("ETag", "etag", "blob_id", "mtime", "LastModified", "last_modified", "created")
 _CREATE_TRIES = 6
@@ -52,15 +52,15 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system that holds `uri`, and the path of `uri` on it.
 
     Raises:
-        ValueError: nothing that is installed knows `uri`'s protocol; the message names the package to install.
+        StorageError: nothing that is installed knows `uri`'s protocol; the message says what to install.
     """
     protocol = uri.partition("://")[0] if "://" in uri else "file"
     try:
         file_system, path = fsspec.core.url_to_fs(uri, **_OPTIONS.get(protocol, {}))
-    except ImportError as error:
-        package = _PACKAGES.get(protocol)
-        remedy = f"install the package {package}" if package else str(error)
-        raise ValueError(f"{uri}: cannot be read, because support for {protocol}:// is missing: {remedy}") from error
+    except (ImportError, ValueError) as error:
+        extra = _EXTRAS.get(protocol)
+        remedy = f"pip install 'flashsloth[{extra}]'" if extra else str(error)
+        raise StorageError(f"{uri}: nothing that is installed knows {protocol}://; {remedy}") from error
     if _is_s3(file_system):
         file_system.retries = 1  # s3fs would repeat what botocore has given up on, and multiply the attempts
     return file_system, path
@@ -162,7 +162,7 @@ def is_pattern(uri: str) -> bool:
 
 def match(pattern: str) -> dict[str, str]:
     """The objects that `pattern` matches: their names below its fixed part -> their URIs, in the order of names."""
-    file_system, path = filesystem(pattern)
+    file_system, path = _afresh(pattern)
     fixed = path[: min(path.find(sign) for sign in "*?" if sign in path)].rpartition("/")[0]
     prefix = "" if isinstance(file_system, LocalFileSystem) else pattern[: pattern.index("://") + 3]
     with naming(pattern):
@@ -176,7 +176,7 @@ def list_files(folder: str) -> dict[str, str]:
 
     Raises: as `read_bytes`.
     """
-    file_system, path = filesystem(folder)
+    file_system, path = _afresh(folder)
     with naming(folder):
         found = file_system.find(path, detail=True)
         if not found and not file_system.exists(path):
@@ -190,7 +190,7 @@ def fingerprint(uri: str) -> str:
 
     Of a folder it is the number of objects in it, at any depth, with a hash over their names and fingerprints.
     """
-    file_system, path = filesystem(uri)
+    file_system, path = _afresh(uri)
     with naming(uri):
         facts = file_system.info(path)
     if facts["type"] == "directory":
@@ -249,6 +249,13 @@ def require_conditional_writes(uri: str) -> None:
 def sha256(data: bytes | memoryview) -> str:
     """The hash that names and checks everything written here, as 64 hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
+
+
+def _afresh(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """As `filesystem`, without what it may remember of listings: the Hugging Face hub's always does."""
+    file_system, path = filesystem(uri)
+    file_system.invalidate_cache()
+    return file_system, path
 
 
 def _fingerprint(facts: dict[str, Any], uri: str) -> str:

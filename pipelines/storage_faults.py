@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from aiohttp import ClientError, ClientPayloadError
 from botocore.exceptions import BotoCoreError, IncompleteReadError, ResponseStreamingError
 from fsspec.exceptions import FSTimeoutError
+from huggingface_hub.errors import HTTPError  # of the HTTP library that the hub's client uses, whichever that is
 
 _BODY_TRIES = 5
 # FSTimeoutError is what fsspec makes of a body that stalls; a request that does, stays botocore's ReadTimeoutError.
@@ -54,7 +55,7 @@ def naming(uri: str) -> Iterator[None]:
         if error.errno is None:
             raise _no_answer(uri, error) from error
         raise OSError(error.errno, error.strerror, uri) from error
-    except (BotoCoreError, ClientError) as error:
+    except (BotoCoreError, ClientError, HTTPError) as error:
         raise _no_answer(uri, error) from error
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -105,3 +107,56 @@ def test_local_paths_become_absolute_and_uris_stay(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     assert storage.resolve("outputs/x") == str(tmp_path / "outputs" / "x")
     assert storage.resolve("s3://bucket/folder/") == "s3://bucket/folder"
+
+
+def test_patterns_match_files_in_the_order_of_their_names(place: str) -> None:
+    for name in ("b/2.tar", "b/1.tar", "b/1.json", "b/c/3.tar", "4.tar"):
+        storage.write_bytes(storage.join(place, "data", name), b"x")
+    root = storage.join(place, "data")
+    assert storage.is_pattern(f"{root}/b/*.tar") and not storage.is_pattern(root)
+    assert storage.match(f"{root}/b/*.tar") == {name: f"{root}/b/{name}" for name in ("1.tar", "2.tar")}
+    assert storage.match(f"{root}/?/?.tar") == {name: f"{root}/{name}" for name in ("b/1.tar", "b/2.tar")}
+    assert storage.match(f"{root}/**/*.tar").keys() == {"4.tar", "b/1.tar", "b/2.tar", "b/c/3.tar"}
+    assert storage.match(f"{root}/b*") == {}  # a folder is no file
+    assert storage.match(f"{root}/nowhere/*") == {}
+    assert storage.read_bytes(storage.match(f"{root}/?.tar")["4.tar"]) == b"x"
+
+
+def test_a_folder_is_listed_at_any_depth_and_stamped_as_a_whole(place: str) -> None:
+    root = storage.join(place, "folder")
+    for name in ("b.jpg", "a/c.jpg", "a.txt"):
+        storage.write_bytes(storage.join(root, name), b"x")
+    files = storage.list_files(root)
+    assert list(files) == ["a.txt", "a/c.jpg", "b.jpg"]
+    assert files["b.jpg"] == storage.fingerprint(storage.join(root, "b.jpg"))
+    before = storage.fingerprint(root)
+    assert before == storage.folder_fingerprint(files) == storage.fingerprint(root + "/")
+    storage.write_bytes(storage.join(root, "a", "c.jpg"), b"y")
+    changed = storage.fingerprint(root)
+    storage.write_bytes(storage.join(root, "a", "d.jpg"), b"x")
+    assert len({before, changed, storage.fingerprint(root)}) == 3
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        storage.list_files(storage.join(place, "nowhere"))
+
+
+def test_the_hub_is_reached_through_its_own_file_system() -> None:
+    file_system, path = storage.filesystem("hf://datasets/user/name@main/data/a.parquet")
+    assert (type(file_system).__name__, path) == ("HfFileSystem", "datasets/user/name@main/data/a.parquet")
+
+
+def test_a_hub_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = "hf://datasets/user/name/a.parquet"
+    monkeypatch.setattr(storage.filesystem(uri)[0]._api, "endpoint", "http://127.0.0.1:9")  # nothing listens there
+    with pytest.raises(storage.StorageError, match=f"{uri}: no whole answer from the store"):
+        storage.fingerprint(uri)
+
+
+def test_a_protocol_that_nothing_here_knows_is_named_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gcsfs", None)  # as where it is not installed
+    for protocol in ("gs", "gcs"):
+        with pytest.raises(storage.StorageError, match=rf"{protocol}://bucket/a\.json.*'flashsloth\[gcs\]'"):
+            storage.filesystem(f"{protocol}://bucket/a.json")
+    extras = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert extras["optional-dependencies"]["gcs"][0].startswith("gcsfs")
+    with pytest.raises(storage.StorageError, match="nowhere://a/b: nothing that is installed knows nowhere://"):
+        storage.filesystem("nowhere://a/b")
