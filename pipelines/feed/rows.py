@@ -30,6 +30,8 @@ class PreparedRows:
 
     def __init__(self, folders: Sequence[str], cache_dir: str | None = None, cache_bytes: int = 64 * 2**30) -> None:
         self.datasets = [ShardedDataset(folder, cache_dir, cache_bytes) for folder in folders]
+        for dataset in self.datasets:
+            cache_bytes -= dataset.keep_within(cache_bytes)
         self.sizes = [len(dataset) for dataset in self.datasets]
         self._ends = np.cumsum(self.sizes)
         if not len(self):

@@ -33,6 +33,10 @@ class ShardEntry(BaseModel):
     num_loss_tokens: list[int]
     has_image: list[bool]
     num_turns: list[int]
+    row_offsets: list[int] | None = None
+    """Row i is the message at bytes `row_offsets[i]` up to `row_offsets[i + 1]`; null in manifests of before."""
+    row_digests: list[str] | None = None
+    """Of each row's bytes, the first 16 hexadecimal digits of their sha256: enough to notice damage."""
 
 
 class QuarantineEntry(BaseModel):

@@ -1,7 +1,9 @@
 """A prepared dataset as a sequence: open the manifest, read any row by its number, from a local folder or from S3.
 
-A shard is checked (size and sha256) when a process first opens it. A local shard is memory-mapped where it lies. One on
-an object store is fetched whole into a cache folder of bounded size, since training comes back to it.
+A local shard is memory-mapped where it lies, and checked (size and sha256) when a process first opens it. Shards of an
+object store are fetched whole into a cache folder while they fit into its bound, since training comes back to them, and
+mapped there. Of all others each row is read by a ranged GET and checked against its own hash: a cache that is smaller
+than what is shuffled through it would fetch whole shards for single rows.
 """
 
 from __future__ import annotations
@@ -20,10 +22,13 @@ from pipelines.shards.cache import ShardCache
 from pipelines.shards.images import ImageStore
 from pipelines.shards.manifest import Manifest, QuarantineEntry, ShardEntry
 from pipelines.shards.quantization import dequantize
+from pipelines.shards.schema import SAMPLE_SCHEMA
+from pipelines.shards.writer import row_digest
 
 # Each open shard holds a file descriptor, of which a process commonly has 1024.
 _MAX_OPEN_SHARDS = 64
 _ARRAY_FIELDS = {"pixels": "pixel_values", "features": "patch_features"}
+_CHANGED = "the shard was changed or cut after it was written; restore it, or prepare the dataset again"
 _UNPICKLED = ("_lock", "_open", "_checked")
 
 
@@ -37,7 +42,7 @@ class ShardedDataset:
     Args:
         folder: where `jobs/prepare.py` wrote; a local path or any URI of fsspec.
         cache_dir: where shards of an object store are kept; see ShardCache.
-        cache_bytes: the size of that cache.
+        cache_bytes: the size of that cache; 0 for none.
 
     Attributes:
         num_tokens: int64[N], length of `input_ids`.
@@ -53,9 +58,11 @@ class ShardedDataset:
         self.manifest = Manifest.load(self.folder)
         self.cache = ShardCache(cache_dir, cache_bytes)
         self.images = ImageStore(self.folder)
+        self._is_local = storage.is_local(self.folder)
         self._may_share = "image_key" in self.manifest.arrow_schema  # datasets from before have no such column
         shards = self.manifest.shards
         self._stops = np.cumsum([shard.rows for shard in shards], dtype=np.int64).tolist()
+        self.keep_within(cache_bytes)
         self.num_tokens = np.array([n for shard in shards for n in shard.num_tokens], dtype=np.int64)
         self.num_loss_tokens = np.array([n for shard in shards for n in shard.num_loss_tokens], dtype=np.int64)
         self.has_image = np.array([has for shard in shards for has in shard.has_image], dtype=bool)
@@ -70,6 +77,16 @@ class ShardedDataset:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._forget()
+
+    def keep_within(self, cache_bytes: int) -> int:
+        """Keep whole shards only as far as they fit into `cache_bytes`; returns the bytes that they will take.
+
+        The cache itself stays as large as it is: several datasets can so share one.
+        """
+        shards = self.manifest.shards
+        ends = np.cumsum([shard.bytes for shard in shards], dtype=np.int64)
+        self._num_mapped = len(shards) if self._is_local else int((ends <= cache_bytes).sum())
+        return 0 if self._is_local or not self._num_mapped else int(ends[self._num_mapped - 1])
 
     def read(self, index: int) -> dict[str, Any]:
         """Row `index` of the dataset.
@@ -89,7 +106,9 @@ class ShardedDataset:
             raise IndexError(f"row {index} of {self.folder}, which has {len(self)} rows")
         number = bisect_right(self._stops, index)
         first = self._stops[number - 1] if number else 0
-        row = self._shard(number).row(index - first)
+        entry = self.manifest.shards[number]
+        by_range = number >= self._num_mapped and entry.row_offsets is not None
+        row = self._fetch_row(entry, index - first) if by_range else self._shard(number).row(index - first)
         sample = {name: row[name][0].as_py() for name in ("key", "id", "source", "messages", "question_types")}
         for name in ("input_ids", "labels", "question_ids"):
             sample[name] = np.array(row[name][0].values)
@@ -100,6 +119,20 @@ class ShardedDataset:
             field = _ARRAY_FIELDS.get(self.manifest.payload)
             sample[field or "image_bytes"] = _array(row, image) if field else image.to_pybytes()
         return sample
+
+    def _fetch_row(self, entry: ShardEntry, position: int) -> pa.RecordBatch:
+        uri = storage.join(self.folder, entry.name)
+        offsets, digests = entry.row_offsets or [], entry.row_digests or []
+        try:
+            data = storage.read_range(uri, offsets[position], offsets[position + 1])
+        except FileNotFoundError as error:
+            raise _missing(entry, uri) from error
+        if (found := row_digest(data)) != digests[position]:
+            raise ShardError(
+                f"{uri}: row {position}: expected {offsets[position + 1] - offsets[position]} bytes with sha256 "
+                f"{digests[position]}..., found {len(data)} with {found}...: {_CHANGED}"
+            )
+        return pa.ipc.read_record_batch(pa.ipc.read_message(pa.py_buffer(data)), SAMPLE_SCHEMA)
 
     def _forget(self) -> None:
         self._lock = Lock()
@@ -135,8 +168,7 @@ class _OpenShard:
     def _map(self) -> pa.MemoryMappedFile:
         dataset, entry = self._dataset, self._dataset.manifest.shards[self._number]
         uri = storage.join(dataset.folder, entry.name)
-        local = storage.is_local(uri)
-        path = uri if local else str(dataset.cache.get(entry.sha256, lambda: _fetch(entry, uri)))
+        path = uri if dataset._is_local else str(dataset.cache.get(entry.sha256, lambda: _fetch(entry, uri)))
         if not os.path.exists(path):
             raise _missing(entry, uri)
         source = pa.memory_map(path)
@@ -148,12 +180,11 @@ class _OpenShard:
 
 def check(entry: ShardEntry | QuarantineEntry, uri: str, data: bytes | pa.Buffer) -> None:
     """Raise ShardError unless `data`, found at `uri`, is what `entry` says was written."""
-    remedy = "the shard was changed or cut after it was written; restore it, or prepare the dataset again"
     if len(data) != entry.bytes:
-        raise ShardError(f"{uri}: expected {entry.bytes} bytes, found {len(data)}: {remedy}")
+        raise ShardError(f"{uri}: expected {entry.bytes} bytes, found {len(data)}: {_CHANGED}")
     digest = storage.sha256(memoryview(data))
     if digest != entry.sha256:
-        raise ShardError(f"{uri}: expected sha256 {entry.sha256}, found {digest}: {remedy}")
+        raise ShardError(f"{uri}: expected sha256 {entry.sha256}, found {digest}: {_CHANGED}")
 
 
 def _fetch(entry: ShardEntry, uri: str) -> bytes:

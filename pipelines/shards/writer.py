@@ -1,10 +1,13 @@
 """Samples -> one shard: an Arrow IPC file in which every row is a record batch of its own.
 
 One row per batch makes a row one contiguous range of the file: a memory map reads it without touching its neighbours,
-and a ranged GET would fetch it alone. The price is about 1.8 kB a row, next to an image of 100 kB or more.
+and a ranged GET fetches it alone, to be checked against its own hash. The price is about 1.8 kB a row, next to an image
+of 100 kB or more.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -15,18 +18,32 @@ from pipelines.shards.manifest import ShardEntry
 from pipelines.shards.schema import IGNORED_LABEL, SAMPLE_SCHEMA
 
 SHARD_FOLDER = "shards"
+_DIGEST_DIGITS = 16
 
 
-def serialize(samples: pa.Table) -> pa.Buffer:
-    """The bytes of a shard with the rows of `samples` (columns: SAMPLE_SCHEMA), the same for the same rows."""
+def serialize(samples: pa.Table) -> tuple[pa.Buffer, list[int]]:
+    """The bytes of a shard with the rows of `samples` (columns: SAMPLE_SCHEMA), the same for the same rows.
+
+    Returns:
+        The bytes, and where in them each row begins; behind the last row, where that ends.
+    """
     if samples.schema != SAMPLE_SCHEMA:
         raise ValueError(f"samples have the columns {samples.schema}, a shard has {SAMPLE_SCHEMA}")
     sink = pa.BufferOutputStream()
+    offsets: list[int] = []
     with pa.ipc.new_file(sink, SAMPLE_SCHEMA) as writer:
         for batch in samples.to_batches():
-            for row in range(batch.num_rows):
-                writer.write_batch(batch.slice(row, 1))
-    return sink.getvalue()
+            for row in (batch.slice(number, 1) for number in range(batch.num_rows)):
+                writer.write_batch(row)
+                if not offsets:  # what stands before the first row is written together with it
+                    offsets.append(sink.tell() - pa.ipc.get_record_batch_size(row))
+                offsets.append(sink.tell())
+    return sink.getvalue(), offsets
+
+
+def row_digest(row: memoryview | bytes) -> str:
+    """What the manifest says of the bytes of a row."""
+    return storage.sha256(row)[:_DIGEST_DIGITS]
 
 
 def write_shard(folder: str, samples: pa.Table) -> ShardEntry:
@@ -34,7 +51,8 @@ def write_shard(folder: str, samples: pa.Table) -> ShardEntry:
 
     Writing the same rows again, after a crash or from a second driver, replaces the file by itself.
     """
-    data = memoryview(serialize(samples))
+    buffer, offsets = serialize(samples)
+    data = memoryview(buffer)
     digest = storage.sha256(data)
     name = f"{SHARD_FOLDER}/{digest}.arrow"
     storage.write_bytes(storage.join(folder, name), data)
@@ -47,6 +65,8 @@ def write_shard(folder: str, samples: pa.Table) -> ShardEntry:
         num_loss_tokens=[int((labels != IGNORED_LABEL).sum()) for labels in _arrays(samples["labels"])],
         has_image=pc.or_(samples["image"].is_valid(), samples["image_key"].is_valid()).to_pylist(),
         num_turns=[int(ids.max(initial=0)) for ids in _arrays(samples["question_ids"])],
+        row_offsets=offsets,
+        row_digests=[row_digest(data[start:stop]) for start, stop in pairwise(offsets)],
     )
 
 

@@ -211,6 +211,22 @@ def test_rows_of_several_folders_follow_each_other(rows):
         rows.read(19)
 
 
+@pytest.mark.s3
+def test_folders_share_the_room_of_one_cache(tmp_path, processor, s3_uri):
+    local = write_prepared(tmp_path / "local", coloured_rows(4), processor)
+    turns = {"a": 1, "b": 2}
+    remote = [
+        write_prepared(f"{s3_uri}/{name}", coloured_rows(6, turns=count), processor, rows_per_shard=2)
+        for name, count in turns.items()
+    ]
+    cache = tmp_path / "cache"
+    sizes = [shard.bytes for shard in PreparedRows(remote).datasets[0].manifest.shards]
+    rows = PreparedRows([local, *remote], str(cache), cache_bytes=sum(sizes) + 2 * sizes[0])
+    for _ in range(2):
+        assert [rows.read(row)["id"] for row in range(len(rows))] == list("0123012345012345")
+    assert len(list(cache.iterdir())) == 4, "three shards of the one, one longer one of the other"
+
+
 def test_the_loader_keeps_the_order_and_decodes_stored_images(rows, processor):
     micro_batches, _ = load(rows, processor, world=1, rank=0)
     assert [micro.is_last for micro in micro_batches] == [False, False, False, True] * 2 + [False, True]

@@ -200,6 +200,74 @@ def test_dataset_on_s3_is_fetched_once_and_checked(s3_uri: str, tmp_path: Path) 
     assert not any((tmp_path / "empty").rglob("*"))
 
 
+@pytest.fixture
+def fetched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """What is read of the store: (kind, bytes), while the real functions do the reading."""
+    seen: list[tuple[str, int]] = []
+
+    def watch(kind: str, read: Callable[..., bytes]) -> Callable[..., bytes]:
+        def reading(*args: Any) -> bytes:
+            data = read(*args)
+            seen.append((kind, len(data)))
+            return data
+
+        return reading
+
+    for kind in ("read_bytes", "read_range"):
+        monkeypatch.setattr(storage, kind, watch(kind, getattr(storage, kind)))
+    return seen
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("payload", ["original", "pixels", "features"])
+def test_without_a_cache_a_row_is_one_ranged_get(
+    s3_uri: str, tmp_path: Path, payload: str, fetched: list[tuple[str, int]]
+) -> None:
+    samples = write_dataset(s3_uri, payload)
+    dataset = ShardedDataset(s3_uri, cache_dir=str(tmp_path), cache_bytes=0)
+    cached = ShardedDataset(s3_uri, cache_dir=str(tmp_path / "cache"))
+    fetched.clear()
+    rows = [dataset.read(index) for index in range(len(samples))]
+    assert [kind for kind, _ in fetched] == ["read_range"] * len(samples)
+    assert not any(tmp_path.iterdir())
+    for index, row in enumerate(rows):
+        same = cached.read(index)
+        assert row.keys() == same.keys()
+        for name, value in row.items():
+            assert np.array_equal(value, same[name]), name
+
+
+@pytest.mark.s3
+def test_a_cache_too_small_for_all_keeps_what_fits_and_reads_the_rest_by_ranges(
+    s3_uri: str, tmp_path: Path, fetched: list[tuple[str, int]]
+) -> None:
+    samples = write_dataset(s3_uri)
+    sizes = [shard.bytes for shard in Manifest.load(s3_uri).shards]
+    dataset = ShardedDataset(s3_uri, cache_dir=str(tmp_path), cache_bytes=sizes[0] + sizes[1])
+    fetched.clear()
+    for _ in range(2):
+        assert [dataset.read(index)["key"] for index in range(10)] == [row["key"] for row in samples]
+    assert [size for kind, size in fetched if kind == "read_bytes"] == sizes[:2]
+    assert sum(kind == "read_range" for kind, _ in fetched) == 2 * 2  # two rows of the third shard, each time
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) <= sizes[0] + sizes[1]
+
+
+@pytest.mark.s3
+def test_a_row_that_was_changed_is_named_and_its_neighbours_are_read(s3_uri: str) -> None:
+    write_dataset(s3_uri)
+    dataset = ShardedDataset(s3_uri, cache_bytes=0)
+    entry = dataset.manifest.shards[1]
+    data = bytearray(storage.read_bytes(storage.join(s3_uri, entry.name)))
+    data[entry.row_offsets[2] - 20] ^= 1
+    storage.write_bytes(storage.join(s3_uri, entry.name), bytes(data))
+    with pytest.raises(ShardError, match=f"{entry.name}: row 1: expected .* bytes with sha256 {entry.row_digests[1]}"):
+        dataset.read(5)
+    assert [dataset.read(index)["key"] for index in (4, 6)] == ["corpus:4", "corpus:6"]
+    storage.write_bytes(storage.join(s3_uri, entry.name), bytes(data[: entry.row_offsets[3] + 8]))
+    with pytest.raises(ShardError, match=r"row 3: expected \d+ bytes .* found 8 with"):
+        dataset.read(7)
+
+
 def test_cache_keeps_within_its_bound(tmp_path: Path) -> None:
     cache = ShardCache(str(tmp_path), max_bytes=250)
     fetched: list[str] = []
@@ -244,7 +312,8 @@ def test_dataset_from_before_images_could_be_shared_is_read(tmp_path: Path) -> N
             for row in range(rows.num_rows):
                 writer.write_table(rows.slice(row, 1))
         data = (tmp_path / shard.name).read_bytes()
-        shards.append(shard.model_copy(update={"bytes": len(data), "sha256": storage.sha256(data)}))
+        facts = {"bytes": len(data), "sha256": storage.sha256(data), "row_offsets": None, "row_digests": None}
+        shards.append(shard.model_copy(update=facts))
     columns = {name: kind for name, kind in manifest.arrow_schema.items() if name in older}
     changed = manifest.model_copy(update={"shards": shards, "arrow_schema": columns})
     (tmp_path / MANIFEST_NAME).write_bytes(changed.to_json())
