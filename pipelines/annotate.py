@@ -1,0 +1,93 @@
+"""From settings to a finished annotation: the order of the steps, and nothing else.
+
+plan -> chunks -> chunk-named parts -> one receipt per chunk -> manifest. A run that was killed leaves a plan, parts and
+some receipts; the next run with the same settings does the chunks that have no part, and takes over those that have.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from pipelines import storage
+from pipelines.annotation.endpoint import served_model
+from pipelines.annotation.ledger import AnnotationLedger, AnnotationManifest, PartReceipt
+from pipelines.annotation.plan import AnnotationPlan, checkpoint_identity, load_plan, make_terms
+from pipelines.annotation.pool import run_chunks
+from pipelines.annotation.settings import AnnotateSettings
+from pipelines.preparation.indexing import plan_chunks
+from pipelines.preparation.plan import check_terms
+from pipelines.preparation.progress import Progress
+from pipelines.preparation.row_images import SourceFiles, source_files
+from pipelines.preparation.settings import CONFIG_NAME
+from pipelines.ray_session import start_ray
+from pipelines.ray_tasks import retried
+from pipelines.settings import dump_settings
+from pipelines.shards.manifest import MANIFEST_NAME
+
+_TOKEN = "OPENAI_API_KEY"  # of the environment: a secret is no argument, so it reaches no recipe and no log
+
+
+def annotate(settings: AnnotateSettings) -> AnnotationManifest | None:
+    """Carry out `settings`, from where an earlier run has come to. Prints what it does.
+
+    Returns:
+        The manifest; None for a dry run.
+
+    Raises:
+        ValueError: PlanError, PublishError, CheckpointError, EndpointError, StorageError, ...: one line that names
+            file, row or field and what helps. Nothing is published then.
+    """
+    output = storage.resolve(settings.output)
+    if settings.checkpoint is not None:
+        settings = settings.model_copy(update={"checkpoint": storage.resolve(settings.checkpoint)})
+    terms = make_terms(settings, model_identity(settings))
+    plan = load_plan(output)
+    if plan is not None:
+        check_terms(output, plan.terms, terms)
+    if plan is not None and storage.exists(storage.join(output, MANIFEST_NAME)):
+        manifest = AnnotationManifest.load(output)
+        print(f"{settings.output}: already annotated ({manifest.rows:,} rows); nothing to do", flush=True)
+        return manifest
+    start_ray()
+    files = source_files(terms.sources)
+    plan = plan or AnnotationPlan(terms=terms, chunks=plan_chunks(terms.sources, files, terms.chunk_rows))
+    print(plan.describe(f"answers as {terms.format}"), flush=True)
+    if settings.dry_run:
+        return None
+    ledger = AnnotationLedger(output, plan, settings.max_error_share)
+    storage.write_bytes(storage.join(output, CONFIG_NAME), dump_settings(settings).encode())
+    _run(ledger, files, settings)
+    return ledger.publish()
+
+
+def model_identity(settings: AnnotateSettings) -> str:
+    """What tells the model that answers from others: the checkpoint's hash, or its name at the endpoint."""
+    if settings.endpoint:
+        return f"endpoint:{served_model(settings.endpoint, _token())}"
+    assert settings.checkpoint is not None
+    return checkpoint_identity(settings.checkpoint)
+
+
+def _run(ledger: AnnotationLedger, files: tuple[SourceFiles, ...], settings: AnnotateSettings) -> None:
+    if ledger.receipts:
+        print(f"resuming: {len(ledger.receipts)} of {len(ledger.plan.chunks)} chunks are done", flush=True)
+    ledger.check_share()
+    if not ledger.pending:
+        return
+    progress = Progress(ledger.plan.num_rows, ledger.num_done, bad="without an answer", tokens=ledger.num_tokens)
+
+    def pending() -> Iterator[PartReceipt]:
+        return run_chunks(ledger.plan, ledger.pending, files, ledger.output, settings, _token())
+
+    try:
+        for receipt in retried(pending):
+            ledger.commit(receipt)
+            ledger.check_share()
+            progress.update(ledger.num_done, ledger.errors.total(), ledger.num_tokens)
+    finally:
+        progress.finish(ledger.num_done, ledger.errors.total())
+
+
+def _token() -> str:
+    return os.environ.get(_TOKEN, "none")

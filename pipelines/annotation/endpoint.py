@@ -1,0 +1,128 @@
+"""Asking a running service that speaks the OpenAI API, such as `jobs/serve.py`, in place of an engine of our own."""
+
+from __future__ import annotations
+
+import base64
+import io
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from openai import APIConnectionError, APIStatusError, OpenAI, OpenAIError
+from PIL import Image
+
+from flashsloth.image_processing_flashsloth import ImageError
+from pipelines.annotation.answering import Question
+from pipelines.annotation.parts import Answered
+from pipelines.annotation.settings import EndpointSettings
+
+_AHEAD = 2  # questions in hand per request under way
+_OUR_FAULT = (400, 413, 422)  # what the service says of a request that no repetition would mend
+
+
+class EndpointError(ValueError):
+    """The service does not answer, or not to us; the message names it."""
+
+
+class EndpointAsker:
+    """Sends each question as a request, many at a time.
+
+    Args:
+        settings: the service.
+        model: its name there.
+        token: for its bearer header.
+    """
+
+    def __init__(self, settings: EndpointSettings, model: str, token: str) -> None:
+        self.settings = settings
+        self.model = model
+        self._client = _client(settings, token)
+        self._threads = ThreadPoolExecutor(settings.concurrency, thread_name_prefix="endpoint")
+        self._room = threading.Semaphore(_AHEAD * settings.concurrency)
+
+    def prepare(self, question: Question) -> dict[str, Any] | Answered:
+        """The body of the request. The image is looked at here too: what is none has no request to cost."""
+        try:
+            picture = question.picture()
+        except ImageError as error:
+            return Answered.failed(str(error))
+        messages: list[dict[str, Any]] = [dict(message) for message in question.messages]
+        if picture is not None and question.image is not None:
+            image = {"type": "image_url", "image_url": {"url": _data_uri(question.image, picture)}}
+            first = next(message for message in messages if message["role"] == "user")
+            first["content"] = [image, {"type": "text", "text": first["content"]}]
+        sampling = question.sampling
+        body: dict[str, Any] = {"model": self.model, "messages": messages, "max_tokens": sampling.max_tokens}
+        body |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "seed": sampling.seed}
+        return body | ({"stop": list(sampling.stop)} if sampling.stop else {})
+
+    def ask(self, prompt: dict[str, Any]) -> Future[Answered]:
+        """Send the request as soon as a thread is free."""
+        self._room.acquire()
+        future = self._threads.submit(self._send, prompt)
+        future.add_done_callback(lambda _: self._room.release())
+        return future
+
+    def close(self) -> None:
+        """Send nothing more."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._client.close()
+
+    def _send(self, body: dict[str, Any]) -> Answered:
+        try:
+            completion = self._client.chat.completions.create(**body)
+        except APIStatusError as error:
+            if error.status_code in _OUR_FAULT:
+                return Answered.failed(f"{error.code or 'refused'}: {_message(error)}")
+            raise EndpointError(f"{self.settings.url}: answers {error.status_code}: {_message(error)}") from error
+        except OpenAIError as error:
+            raise EndpointError(f"{self.settings.url}: {_cause(error)}") from error
+        choice, usage = completion.choices[0], completion.usage
+        spent, given = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
+        if choice.message.content is None or choice.finish_reason not in ("stop", "length"):
+            return Answered.failed(f"no_answer: the service ended with {choice.finish_reason!r}", spent)
+        return Answered(choice.message.content, choice.finish_reason, spent, given)
+
+
+def served_model(settings: EndpointSettings, token: str) -> str:
+    """The name of the model: what the settings say, or the only one that the service lists.
+
+    Raises:
+        EndpointError: nobody answers, or the service lists several.
+    """
+    if settings.model:
+        return settings.model
+    try:
+        with _client(settings, token) as client:
+            names = [model.id for model in client.models.list()]
+    except OpenAIError as error:
+        raise EndpointError(f"{settings.url}: {_cause(error)}") from error
+    if len(names) != 1:
+        raise EndpointError(f"{settings.url}: serves {', '.join(names) or 'no model'}; choose one: endpoint.model")
+    return names[0]
+
+
+def _client(settings: EndpointSettings, token: str) -> OpenAI:
+    return OpenAI(base_url=settings.url, api_key=token, timeout=settings.timeout_s, max_retries=settings.max_retries)
+
+
+def _data_uri(data: bytes, picture: Image.Image) -> str:
+    """The image as received where its format is one that every service takes, else as PNG."""
+    with Image.open(io.BytesIO(data)) as header:
+        kind = header.format
+    if kind not in ("JPEG", "PNG", "WEBP"):
+        file = io.BytesIO()
+        picture.save(file, "PNG")
+        kind, data = "PNG", file.getvalue()
+    return f"data:{Image.MIME[kind]};base64,{base64.b64encode(data).decode('ascii')}"
+
+
+def _message(error: APIStatusError) -> str:
+    body = error.body if isinstance(error.body, dict) else {}
+    return str(body.get("message") or error.message).splitlines()[0]
+
+
+def _cause(error: OpenAIError) -> str:
+    if isinstance(error, APIConnectionError):
+        return f"no answer ({error.__cause__ or error})"
+    return str(error).splitlines()[0]

@@ -1,0 +1,124 @@
+"""What an annotation has done so far: its plan, a receipt per finished chunk, and at last the manifest."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipelines import storage
+from pipelines.annotation.parts import PartEntry
+from pipelines.annotation.plan import AnnotationPlan
+from pipelines.annotation.settings import PartFormat
+from pipelines.preparation.receipt_book import PublishError, ReceiptBook
+from pipelines.shards.manifest import MANIFEST_NAME, ManifestError
+from pipelines.shards.receipts import AccountingError, ChunkReceipt
+
+
+class PartReceipt(ChunkReceipt):
+    """That the part of one chunk is written."""
+
+    part: PartEntry
+
+
+class AnnotationManifest(BaseModel):
+    """A finished annotation. It holds no times and no host names."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: int = 1
+    plan: str
+    """Hash of the plan that is carried out."""
+    model: str
+    format: PartFormat
+    rows: int
+    errors: dict[str, int]
+    """Reason -> rows without an answer."""
+    prompt_tokens: int
+    answer_tokens: int
+    parts: list[PartEntry]
+
+    @classmethod
+    def load(cls, folder: str) -> AnnotationManifest:
+        """Read the manifest of the annotation in `folder`.
+
+        Raises:
+            ManifestError: there is none (the annotation has not finished), or it is another kind of manifest.
+        """
+        uri = storage.join(folder, MANIFEST_NAME)
+        try:
+            return cls.model_validate_json(storage.read_bytes(uri))
+        except FileNotFoundError as error:
+            raise ManifestError(
+                f"{folder}: no {MANIFEST_NAME} here: this is no annotation, or it has not finished; run "
+                "jobs/annotate.py with its recipe to finish it"
+            ) from error
+        except ValidationError as error:
+            raise ManifestError(f"{uri}: not the manifest of an annotation: {error.errors()[0]['msg']}") from error
+
+    def to_json(self) -> bytes:
+        """The bytes that are stored; equal manifests give equal bytes."""
+        return self.model_dump_json().encode()
+
+
+class AnnotationLedger(ReceiptBook[AnnotationPlan, PartReceipt]):
+    """The progress of `plan` in the folder `output`. Reads the receipts that are there.
+
+    Raises:
+        PlanError: the folder belongs to another plan.
+        StorageError: the store does not honour conditional writes.
+    """
+
+    def __init__(self, output: str, plan: AnnotationPlan, max_error_share: float) -> None:
+        super().__init__(output, plan, PartReceipt)
+        self.max_error_share = max_error_share
+
+    @property
+    def errors(self) -> Counter[str]:
+        """Reason -> rows without an answer so far."""
+        return sum((Counter(receipt.part.errors) for receipt in self.receipts.values()), Counter())
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all answers so far."""
+        return sum(receipt.part.answer_tokens for receipt in self.receipts.values())
+
+    def check_share(self) -> None:
+        """Raise PublishError as soon as more rows are without an answer than the whole annotation may have."""
+        reasons, planned = self.errors, self.plan.num_rows
+        bad = reasons.total()
+        if bad <= self.max_error_share * planned and bad < planned:
+            return
+        listed = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
+        example = next(receipt.part.example for receipt in self.ordered() if receipt.part.errors)
+        raise PublishError(
+            f"{self.output}: {bad} of {planned} rows have no answer ({listed}), more than max_error_share "
+            f"{self.max_error_share:g} allows; for example {example}. Nothing is published. Raise the share, or mend "
+            "the corpus and annotate it into another output"
+        )
+
+    def publish(self) -> AnnotationManifest:
+        """Write the manifest, last of all.
+
+        Raises:
+            PublishError: too many rows have no answer, or another manifest is there already.
+            AccountingError: rows are lost or doubled.
+        """
+        self.check_share()
+        self.check_complete()
+        for receipt in self.ordered():
+            if receipt.part.rows != receipt.planned:
+                raise AccountingError(f"{receipt.part.name}: {receipt.part.rows} rows for {receipt.planned} inputs")
+        terms, entries = self.plan.terms, [receipt.part for receipt in self.ordered()]
+        manifest = AnnotationManifest(
+            plan=self.plan_identity,
+            model=terms.model,
+            format=terms.format,
+            rows=sum(entry.rows for entry in entries),
+            errors=dict(sorted(self.errors.items())),
+            prompt_tokens=sum(entry.prompt_tokens for entry in entries),
+            answer_tokens=sum(entry.answer_tokens for entry in entries),
+            parts=entries,
+        )
+        self.put_manifest(manifest.to_json())
+        return manifest

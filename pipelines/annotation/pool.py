@@ -1,0 +1,128 @@
+"""The Ray Data actor pool: chunks -> parts -> receipts. No row passes through the object store."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.data
+import torch
+from ray.data import ActorPoolStrategy, DataContext
+from transformers.utils.logging import disable_progress_bar
+
+from pipelines.annotation.answering import Asker, EngineAsker
+from pipelines.annotation.chunks import ChunkAnnotator
+from pipelines.annotation.endpoint import EndpointAsker
+from pipelines.annotation.ledger import PartReceipt
+from pipelines.annotation.plan import AnnotationPlan
+from pipelines.annotation.settings import AnnotateSettings
+from pipelines.preparation.plan import Chunk
+from pipelines.preparation.row_images import SourceFiles
+from pipelines.ray_tasks import WHOLE_BLOCK, carried, column, quiet_context
+from pipelines.serving.engine import Engine
+
+# One chunk is being answered, the next one asks as slots fall free, and a third stands by while Ray sends for a fourth.
+_CHUNKS_PER_WORKER = 3
+
+
+def run_chunks(
+    plan: AnnotationPlan,
+    pending: list[int],
+    files: tuple[SourceFiles, ...],
+    output: str,
+    settings: AnnotateSettings,
+    token: str,
+) -> Iterator[PartReceipt]:
+    """Carry out the chunks `pending` of `plan`; their receipts, uncommitted, as they are done, in any order.
+
+    Args:
+        plan: the plan.
+        pending: numbers of chunks.
+        files: where any process finds each source.
+        output: where the parts go.
+        settings: of the workers.
+        token: for the endpoint.
+
+    Raises:
+        what a worker raised, without Ray's wrapping: PlanError, CheckpointError, EndpointError, OSError, ...
+        ClusterError: Ray itself failed.
+    """
+    items = [{"number": number, **plan.chunks[number].model_dump()} for number in pending]
+    with DataContext.current(quiet_context()):
+        chunks = ray.data.from_items(items, override_num_blocks=len(items))
+        receipts = chunks.map_batches(
+            AnnotationWorker,
+            fn_constructor_args=(plan.identity(), plan.terms, files, output, settings, token),
+            **WHOLE_BLOCK,
+            **_actors(settings),
+        )
+    return map(PartReceipt.model_validate_json, column(receipts, "receipt"))
+
+
+class AnnotationWorker:
+    """An actor of the pool: one asker, several chunks under way."""
+
+    def __init__(
+        self,
+        plan_identity: str,
+        terms: Any,
+        files: tuple[SourceFiles, ...],
+        output: str,
+        settings: AnnotateSettings,
+        token: str,
+    ) -> None:
+        def load() -> ChunkAnnotator:
+            return ChunkAnnotator(plan_identity, terms, files, output, make_asker(settings, terms.model, token))
+
+        # Not yet: Ray would wrap what an actor's birth raises, such as that the checkpoint does not load.
+        self._load = load
+        self._annotator: ChunkAnnotator | None = None
+        self._loading = threading.Lock()
+
+    @carried
+    def __call__(self, chunks: pa.Table) -> pa.Table:
+        """Chunks, of which Ray hands in one, -> their receipts as JSON. Ray calls this from several threads."""
+        with self._loading:
+            self._annotator = self._annotator or self._load()
+        receipts = []
+        for row in chunks.to_pylist():
+            number = row.pop("number")
+            receipts.append(self._annotator(number, Chunk(**row)).model_dump_json())
+        return pa.table({"receipt": receipts})
+
+
+def make_asker(settings: AnnotateSettings, model: str, token: str) -> Asker:
+    """Who answers, in this process.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be served.
+        ValueError: the engine's budgets leave no room for a slot.
+    """
+    if settings.endpoint:
+        return EndpointAsker(settings.endpoint, model.partition(":")[2], token)
+    assert settings.checkpoint is not None
+    disable_progress_bar()
+    torch.set_num_threads(max(1, int(settings.workers.num_cpus)))
+    slots = settings.engine.max_slots
+    # The asker itself keeps the queue short; the engine must only never refuse.
+    budgets = settings.engine.model_copy(update={"max_waiting": max(settings.engine.max_waiting, 2 * slots)})
+    engine = Engine.from_checkpoint(settings.checkpoint, settings.device, settings.dtype, budgets)
+    return EngineAsker(engine)
+
+
+def _actors(settings: AnnotateSettings) -> dict[str, Any]:
+    workers = settings.workers
+    num_gpus = 0 if settings.endpoint or settings.device == "cpu" else ray.cluster_resources().get("GPU", 0)
+    most = workers.max_workers or max(workers.min_workers, int(num_gpus / workers.num_gpus))
+    share = {"num_gpus": workers.num_gpus} if num_gpus else {}
+    pool = ActorPoolStrategy(
+        min_size=workers.min_workers,
+        max_size=most,
+        max_tasks_in_flight_per_actor=_CHUNKS_PER_WORKER,
+        max_concurrent_calls_per_actor=_CHUNKS_PER_WORKER,
+        enable_true_multi_threading=True,
+    )
+    return {"compute": pool, "num_cpus": workers.num_cpus, **share}

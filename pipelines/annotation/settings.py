@@ -1,0 +1,127 @@
+"""The settings of `jobs/annotate.py`."""
+
+from __future__ import annotations
+
+import string
+from typing import Literal, Self
+
+from pydantic import AliasChoices, Field, field_validator, model_validator
+
+from pipelines.annotation.questions import PROMPT_FIELDS
+from pipelines.preparation.settings import SourceSettings
+from pipelines.serving.engine_settings import EngineSettings
+from pipelines.settings import JobSettings, Section
+
+PartFormat = Literal["parquet", "jsonl"]
+
+
+class WorkerSettings(Section):
+    """The pool of workers, each with an engine of its own."""
+
+    min_workers: int = Field(default=1, gt=0)
+    """Workers at the least."""
+    max_workers: int | None = Field(default=None, gt=0)
+    """Workers at the most, added while work is waiting; default: as many as the cluster's GPUs hold, or the least."""
+    num_gpus: float = Field(default=1.0, gt=0, le=1)
+    """Share of a GPU that one worker takes; not used on a cluster without GPUs, nor with an endpoint."""
+    num_cpus: float = Field(default=1.0, gt=0)
+    """CPUs that one worker reserves; on a cluster without GPUs also how many threads compute."""
+
+    @model_validator(mode="after")
+    def _least_below_most(self) -> Self:
+        if self.max_workers is not None and self.max_workers < self.min_workers:
+            raise ValueError(f"min_workers is {self.min_workers}, more than max_workers {self.max_workers}")
+        return self
+
+
+class EndpointSettings(Section):
+    """A running service that answers in place of own engines. A token comes from OPENAI_API_KEY, never from here."""
+
+    url: str
+    """Base of an OpenAI-style API, such as http://127.0.0.1:8000/v1."""
+    model: str | None = None
+    """Name of the model; the one that the endpoint lists, where it lists one."""
+    concurrency: int = Field(default=64, gt=0)
+    """Requests under way at once, of one worker."""
+    timeout_s: float = Field(default=300, gt=0)
+    """After this long a request is tried again."""
+    max_retries: int = Field(default=8, ge=0)
+    """How often a request is sent again, with growing pauses, when the service is busy or away."""
+
+
+class AnnotateSettings(JobSettings):
+    """Let a checkpoint caption or answer every row of a dataset. Killed and run again, it goes on.
+
+    What was written is checked by `annotate.py verify FOLDER`.
+    """
+
+    sources: list[SourceSettings] = Field(min_length=1)
+    """The corpora, in the order of the output."""
+    output: str
+    """Folder or URI to write the answers into."""
+    checkpoint: str | None = None
+    """Folder or URI of an exported checkpoint. This, or `endpoint`."""
+    endpoint: EndpointSettings | None = None
+    """A running service in place of a checkpoint: --endpoint.url http://127.0.0.1:8000/v1."""
+    prompt: str | None = None
+    """What to ask about every row; {question} stands for the row's own question, {id} for its id. Without a prompt the
+    row's conversation is asked up to its last question."""
+    format: PartFormat = "parquet"
+    """How the answers are written: parquet, or JSON lines."""
+    as_corpus: bool = True
+    """Also write the conversation and the image, so that the output is a corpus for jobs/prepare.py. An image that the
+    input names by its path is named, one that it holds is copied."""
+    max_tokens: int = Field(default=128, gt=0)
+    """Longest answer."""
+    temperature: float = Field(default=0.0, ge=0)
+    """0 takes the likeliest token; above it answers are drawn, each row's by a seed of its own."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Draw from the likeliest tokens that hold this much probability."""
+    stop: list[str] = Field(default_factory=list)
+    """Texts before which an answer ends."""
+    seed: int = 0
+    """Where answers are drawn: another seed, other answers."""
+    chunk_rows: int = Field(default=512, gt=0)
+    """Rows in a chunk, which is the unit of work, of resuming and of an output file."""
+    max_error_share: float = Field(default=0.1, ge=0, le=1)
+    """With a larger share of rows without an answer nothing is published."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs; auto: a GPU where there is one."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of the model; auto: bfloat16 on a GPU, float32 on a CPU."""
+    engine: EngineSettings = EngineSettings()
+    """Budgets of one worker's engine."""
+    workers: WorkerSettings = WorkerSettings()
+    """The pool of workers."""
+    dry_run: bool = Field(default=False, validation_alias=AliasChoices("dry_run", "dry-run"))
+    """Print the plan and write nothing."""
+
+    @field_validator("prompt")
+    @classmethod
+    def _known_fields(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        try:
+            fields = {field for _, field, _, _ in string.Formatter().parse(value) if field is not None}
+        except ValueError as error:
+            raise ValueError(f"{error}; a brace that is meant as one is written twice") from error
+        unknown = sorted(fields - set(PROMPT_FIELDS))
+        if unknown:
+            known = " and ".join(f"{{{field}}}" for field in PROMPT_FIELDS)
+            raise ValueError(f"there is no field {{{unknown[0]}}}; there are {known}")
+        if not value.strip():
+            raise ValueError("it is empty")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for field in ("name", "path"):
+            values = [getattr(source, field) for source in self.sources]
+            twice = next((value for value in values if values.count(value) > 1), None)
+            if twice is not None:
+                raise ValueError(f"two sources have the {field} {twice!r}; rows are keyed by it, so list each once")
+        if (self.checkpoint is None) == (self.endpoint is None):
+            raise ValueError("give exactly one of checkpoint and endpoint")
+        if self.prompt is None and any(source.format == "images" for source in self.sources):
+            raise ValueError("a folder of images has no questions: give a prompt")
+        return self
