@@ -2,6 +2,7 @@
 
     python jobs/serve.py --checkpoint outputs/instruct/export
     curl http://127.0.0.1:8000/v1/models
+    python jobs/serve.py token ALICE     # a token for a client, and the hash of it that the service keeps
 
 Runs until Ctrl-C or SIGTERM, then lets answers that are under way finish.
 """
@@ -9,6 +10,7 @@ Runs until Ctrl-C or SIGTERM, then lets answers that are under way finish.
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import socket
 import sys
@@ -22,6 +24,7 @@ from ray.serve.schema import LoggingConfig
 
 from pipelines.ray_session import start_ray
 from pipelines.serving.app import build_app
+from pipelines.serving.authentication import hash_token, new_token
 from pipelines.serving.checkpoint import CheckpointError
 from pipelines.serving.settings import ServeArgs
 from pipelines.settings import JobSettings, load_settings
@@ -33,7 +36,7 @@ class ServeSettings(JobSettings, ServeArgs):  # type: ignore[misc]  # a Settings
     """Serve a checkpoint over HTTP."""
 
     host: str = "127.0.0.1"
-    """Address to listen on. The service has no login: open it to others only behind a gateway that has one."""
+    """Address to listen on. Open it to others only with `tokens` set, and behind a reverse proxy that does TLS."""
 
     port: int = Field(default=8000, ge=1, le=65535)
     """Port to listen on."""
@@ -44,6 +47,9 @@ class ServeSettings(JobSettings, ServeArgs):  # type: ignore[misc]  # a Settings
 
 def main(argv: list[str] | None = None) -> int:
     """Run the service until it is told to stop. Returns the exit status."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments[:1] == ["token"]:
+        return _make_token(arguments[1:])
     settings = load_settings(ServeSettings, argv, prog="serve.py")
     try:
         app = build_app(ServeArgs(**settings.model_dump(include=set(ServeArgs.model_fields))))
@@ -57,11 +63,10 @@ def main(argv: list[str] | None = None) -> int:
         return _serve(app, settings)
     except KeyboardInterrupt:
         print("stopping: waiting for answers that are under way", flush=True)
-        serve.delete(APPLICATION)  # shutdown() alone would cut the connections first
+        serve.delete(APPLICATION)  # the end of Ray alone would cut the connections first
         return 0
     finally:
-        serve.shutdown()
-        ray.shutdown()
+        _stop()
 
 
 def _serve(app: Application, settings: ServeSettings) -> int:
@@ -78,6 +83,23 @@ def _serve(app: Application, settings: ServeSettings) -> int:
     print(f"serving at http://{settings.host}:{settings.port}/v1 (Ctrl-C stops)", flush=True)
     while True:
         signal.pause()
+
+
+def _stop() -> None:
+    """Leave nothing behind, and leave alone what is not ours: on a cluster that was joined, others may use Serve."""
+    if os.environ.get("RAY_ADDRESS") and not serve.status().applications:
+        serve.shutdown()
+    ray.shutdown()  # ends a cluster of our own, and Serve with it
+
+
+def _make_token(arguments: list[str]) -> int:
+    if len(arguments) != 1:
+        print("error: name the client that the token is for: serve.py token NAME", file=sys.stderr)
+        return 2
+    token = new_token()
+    print(f"token, shown this once: {token}")
+    print(f"for the recipe or Serve file:\ntokens:\n  {arguments[0]}: {hash_token(token)}")
+    return 0
 
 
 def _check_port_is_free(host: str, port: int) -> None:

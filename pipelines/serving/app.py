@@ -1,89 +1,100 @@
-"""The Ray Serve application: an ingress that checks requests, and engines that answer them in batches.
+"""The Ray Serve application: ingresses that read requests, and engines that answer them.
 
     serve run pipelines.serving.app:build_app checkpoint=outputs/instruct/export
 
-Everything that can be wrong with a request is found in the ingress, before batching: what Serve batches fails
-together, and one bad image must not take seven good requests with it.
+Everything that can be wrong with a request is found in an ingress, which has no model; engines get prompts.
 """
 
 # No "from __future__ import annotations" here: Serve reads build_app's annotation to validate the `args:` of a file.
 import asyncio
-import logging
+from collections.abc import AsyncIterator
 from pathlib import PurePosixPath
 from typing import Any
 
 from fastapi import FastAPI
+from prometheus_client import Metric
 from ray import serve
 from ray.serve import Application
-from ray.serve.config import BackpressureConfig
-from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from ray.serve.handle import DeploymentHandle
 from transformers.utils.logging import disable_progress_bar
 
 from pipelines.serving.checkpoint import check_folder, load_processor
-from pipelines.serving.engine import Answer, Encoder, Engine, Prompt
-from pipelines.serving.http import Service, build_http
-from pipelines.serving.protocol import ApiError
+from pipelines.serving.engine import Encoder, Engine, Prompt
+from pipelines.serving.engines import RemoteEngines
+from pipelines.serving.errors import ApiError
+from pipelines.serving.http import build_http
+from pipelines.serving.metrics import EngineMetrics, IngressMetrics, exposition
+from pipelines.serving.replies import Desk, Reply
+from pipelines.serving.service import Service
 from pipelines.serving.settings import ServeArgs
 from pipelines.storage import resolve
 
-logger = logging.getLogger("ray.serve")
+METRICS_TIMEOUT_S = 5
+MOST_CONNECTIONS = 10_000  # of one ingress: it turns requests away itself, and /health must always get in
 
-SLOWEST_ANSWER_S = 120  # what a shutdown waits for answers that are under way
 
-
-class EngineWorker:
-    """One model. Requests that arrive together are answered together."""
+class EngineReplica:
+    """One model."""
 
     def __init__(self, args: ServeArgs) -> None:
         disable_progress_bar()
-        self.engine = Engine.from_checkpoint(args.checkpoint, args.device, args.dtype)
-        batching: Any = self.answer  # the decorator below adds the setters
-        batching.set_max_batch_size(args.max_batch_size)
-        batching.set_batch_wait_timeout_s(args.batch_wait_timeout_s)
+        self._patience_s = args.wedged_after_s
+        self._engine = Engine.from_checkpoint(args.checkpoint, args.device, args.dtype, args.engine)
+        self._desk = Desk(self._engine)
+        self._metrics = EngineMetrics(_replica_name())
 
-    @serve.batch
-    async def answer(self, prompts: list[Prompt]) -> list[Answer | ApiError]:
-        """Answer a batch. Never raises: Serve would hand the exception to every request in it."""
-        return await asyncio.to_thread(self._answer_each, prompts)
+    async def answer(self, prompt: Prompt) -> Reply | ApiError:
+        """The whole answer, or why there is none. Refusals are values: Serve would log an exception with its trace."""
+        return await self._desk.answer(prompt)
+
+    async def stream(self, prompt: Prompt) -> AsyncIterator[Reply | ApiError]:
+        """The answer as it comes, or why it ends."""
+        async for reply in self._desk.stream(prompt):
+            yield reply
+
+    async def collect(self) -> list[Metric]:
+        """What it does."""
+        return self._metrics.collect(self._engine.stats())
 
     async def check_health(self) -> None:
-        """Called by Serve every few seconds; a replica that raises is replaced."""
-        await asyncio.to_thread(self.engine.check)
+        """Called by Serve every few seconds; a replica that raises thrice is replaced."""
+        await asyncio.to_thread(self._engine.check, self._patience_s)
 
-    def _answer_each(self, prompts: list[Prompt]) -> list[Answer | ApiError]:
-        try:
-            return list(self.engine.generate(prompts))
-        except Exception:
-            logger.exception("a batch of %d requests failed", len(prompts))
-        if len(prompts) == 1:
-            return [ApiError(500, "the engine could not answer this request", "engine_error")]
-        # The guilty one fails alone.
-        return [answer for prompt in prompts for answer in self._answer_each([prompt])]
+    def __del__(self) -> None:
+        """Called by Serve when the replica has let go of its last request."""
+        if hasattr(self, "_engine"):
+            self._engine.close()
 
 
 class Ingress:
     """HTTP in front of the engines."""
 
-    def __init__(self, args: ServeArgs, model_name: str, engine: DeploymentHandle) -> None:
-        self.engine = engine
+    def __init__(self, args: ServeArgs, model_name: str, engines: DeploymentHandle) -> None:
+        self._policy = args.policy
+        self._metrics = IngressMetrics(_replica_name())
+        self._engines = RemoteEngines(engines, self._metrics.retried)
         encoder = Encoder(load_processor(args.checkpoint))
-        self.service = Service(model_name, args.limits, encoder, self._answer, self._check)
+        self._service = Service(model_name, encoder, self._engines, self._metrics, self._policy, self._read_metrics)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve in the replica."""
-        return build_http(self.service)
+        return build_http(self._service)
 
-    async def _answer(self, prompt: Prompt) -> Answer | ApiError:
-        try:
-            return await self.engine.answer.remote(prompt)
-        except BackPressureError as error:
-            raise ApiError(429, "too many requests are waiting; try again", "overloaded") from error
-        except RayServeException as error:
-            raise ApiError(503, "no engine can answer at the moment", "unavailable") from error
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Called by Serve at the start and whenever `user_config` has changed: fields of `Policy`."""
+        self._service.adopt(self._policy.changed(user_config))
 
-    async def _check(self) -> None:
-        await self.engine.check_health.remote()
+    async def collect(self) -> list[Metric]:
+        """What it has seen."""
+        return self._metrics.collect()
+
+    async def _read_metrics(self) -> bytes:
+        context = serve.get_replica_context()
+        ingresses = serve.get_deployment_handle(context.deployment, context.app_name)
+        async with asyncio.timeout(METRICS_TIMEOUT_S):
+            seen, done = await asyncio.gather(ingresses.broadcast("collect").results_async(), self._engines.collect())
+        return exposition([*seen, *done])
 
 
 def build_app(args: ServeArgs) -> Application:
@@ -97,22 +108,42 @@ def build_app(args: ServeArgs) -> Application:
     model_name = args.model_name or PurePosixPath(args.checkpoint).name
     common: dict[str, Any] = {
         "max_constructor_retry_count": 2,  # a checkpoint that does not load will not load the twentieth time either
-        "graceful_shutdown_timeout_s": SLOWEST_ANSWER_S,
-        "max_queued_requests": args.max_queued_requests,
-        "backpressure_config": BackpressureConfig(status_code=429, retry_after_s=1),
+        "graceful_shutdown_timeout_s": args.limits.deadline_s + 10,
+        "health_check_period_s": args.health_check_period_s,
     }
     engine = serve.deployment(
         name="Engine",
-        num_replicas=args.num_replicas,
         ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": args.num_gpus},
-        max_ongoing_requests=2 * args.max_batch_size,  # one batch is decoded, the next one gathers
+        # The engine has a queue of its own, and the ingress bounds what is on its way to it.
+        max_ongoing_requests=args.engine.max_slots + args.engine.max_waiting,
+        **_num_engines(args),
         **common,
-    )(EngineWorker).bind(args)
-    # The engine's queue is the one that fills: /health must get in whatever waits there.
-    capacity = args.num_replicas * 2 * args.max_batch_size + args.max_queued_requests
+    )(EngineReplica).bind(args)
     return serve.deployment(
         name="Ingress",
-        ray_actor_options={"num_cpus": 0.5},
-        max_ongoing_requests=capacity + 16,
+        num_replicas=args.num_ingress_replicas,
+        ray_actor_options={"num_cpus": args.ingress_num_cpus},
+        max_ongoing_requests=MOST_CONNECTIONS,
+        max_queued_requests=MOST_CONNECTIONS,
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
+        user_config={},
         **common,
     )(serve.ingress()(Ingress)).bind(args, model_name, engine)
+
+
+def _num_engines(args: ServeArgs) -> dict[str, Any]:
+    if args.max_replicas is None or args.max_replicas == args.num_replicas:
+        return {"num_replicas": args.num_replicas}
+    autoscaling = AutoscalingConfig(
+        min_replicas=args.num_replicas,
+        max_replicas=args.max_replicas,
+        # Counts what runs and what waits: beyond its slots, an engine has a queue.
+        target_ongoing_requests=args.engine.max_slots,
+        upscale_delay_s=args.upscale_delay_s,
+        downscale_delay_s=args.downscale_delay_s,
+    )
+    return {"autoscaling_config": autoscaling}
+
+
+def _replica_name() -> str:
+    return serve.get_replica_context().replica_id.unique_id

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import tempfile
 from pathlib import Path
@@ -12,6 +13,9 @@ from safetensors import SafetensorError
 
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
 from pipelines.storage import filesystem, is_local
+
+EXPORT_LIST = "export.json"
+"""Written last into an export, with the sha256 of each file. Folders from elsewhere have none."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -67,13 +71,39 @@ def check_folder(checkpoint: str | Path) -> None:
         )
 
 
+def check_hashes(checkpoint: str | Path) -> None:
+    """Compare every file of an export with the sha256 that was noted when it was written.
+
+    Raises:
+        CheckpointError: a file is missing or is not the one that was exported, or the list of them cannot be read.
+    """
+    folder = fetch(checkpoint)
+    if not (folder / EXPORT_LIST).exists():
+        return
+    try:
+        listed = dict(json.loads((folder / EXPORT_LIST).read_text(encoding="utf-8"))["files"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{checkpoint}/{EXPORT_LIST}: this is no list of exported files ({error})") from error
+    for name, expected in listed.items():
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{checkpoint}: {name} is missing, which was exported")
+        with open(folder / name, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != expected:
+            raise CheckpointError(
+                f"{checkpoint}: {name} has sha256 {found[:12]}..., the exported file had {str(expected)[:12]}...; "
+                "export it again"
+            )
+
+
 def load_model(checkpoint: str | Path, device: str = "auto", dtype: str = "auto") -> FlashSlothForConditionalGeneration:
     """The model, in evaluation mode on its device ("auto": a GPU in bfloat16, else the CPU in float32).
 
     Raises:
-        CheckpointError: as `check_folder`, and where the weights do not fill the model exactly.
+        CheckpointError: as `check_folder` and `check_hashes`, and where the weights do not fill the model exactly.
     """
     check_folder(checkpoint)
+    check_hashes(checkpoint)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":

@@ -1,71 +1,40 @@
-"""The HTTP surface: routes, body limit and error shapes, around anything that turns prompts into answers."""
+"""The HTTP surface: routes, tokens, body limit and error shapes, around a `Service`."""
 
 from __future__ import annotations
 
-import asyncio
+import base64
+import hashlib
+import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from flashsloth.conversation import ConversationError
-from pipelines.serving.engine import Answer, Encoder, Prompt
-from pipelines.serving.protocol import (
-    ApiError,
-    completion,
-    parse_request,
-    read_messages,
-    read_sampling,
-    unknown_model,
-)
-from pipelines.serving.settings import Limits
+from pipelines.serving.completions import Completion
+from pipelines.serving.errors import ApiError, unknown_model
+from pipelines.serving.replies import Reply
+from pipelines.serving.service import CLIENT_GONE, Question, Service, Visit
 
-HEALTH_TIMEOUT_S = 10
-
-
-@dataclass
-class Service:
-    """What stands behind the routes.
-
-    Attributes:
-        model_name: under which clients ask for the model.
-        limits: what a request may ask for.
-        encoder: turns conversations into prompts.
-        answer: answers one prompt, or returns or raises an `ApiError`.
-        check: raises where no engine answers.
-    """
-
-    model_name: str
-    limits: Limits
-    encoder: Encoder
-    answer: Callable[[Prompt], Awaitable[Answer | ApiError]]
-    check: Callable[[], Awaitable[None]]
-
-    def prepare(self, body: bytes) -> Prompt:
-        """Check a request and encode it; raises `ApiError` for whatever is wrong with it."""
-        request = parse_request(body, self.model_name)
-        sampling = read_sampling(request, self.limits)
-        messages, image = read_messages(request, self.limits)
-        try:
-            return self.encoder.prompt(messages, image, sampling, max_length=self.limits.max_prompt_tokens)
-        except ConversationError as error:
-            raise ApiError(422, error.detail, error.reason, "messages") from error
+PAGE = Path(__file__).with_name("page.html")
+# A reverse proxy that gathers what it passes on would make the stream come in one piece.
+STREAM_HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
 
 
 def build_http(service: Service) -> FastAPI:
     """The FastAPI application over `service`."""
     http = FastAPI(title="FlashSloth", docs_url=None, redoc_url=None, openapi_url=None)
     created = int(time.time())
+    page = PAGE.read_text(encoding="utf-8")
+    page_headers = _page_headers(page)
 
     @http.exception_handler(ApiError)
     async def answer_error(_: Request, error: ApiError) -> JSONResponse:
-        headers = {"retry-after": "1"} if error.status in (429, 503) else None
-        return JSONResponse(error.body(), status_code=error.status, headers=headers)
+        return JSONResponse(error.body(), status_code=error.status, headers=error.headers())
 
     @http.exception_handler(HTTPException)
     async def answer_wrong_path(request: Request, error: HTTPException) -> JSONResponse:
@@ -78,38 +47,97 @@ def build_http(service: Service) -> FastAPI:
 
     @http.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
-        body = await _read_body(request, service.limits.max_body_bytes)
-        # In a thread: decoding an image may take a second, and others want to be heard meanwhile.
-        prompt = await asyncio.to_thread(service.prepare, body)
-        answer = await service.answer(prompt)
-        if isinstance(answer, ApiError):
-            raise answer
-        # Serve's proxy gives every request an id, the client's own where it sent one, and returns it as a header.
-        request_id = request.headers.get("x-request-id") or uuid.uuid4().hex
-        return JSONResponse(completion(request_id, service.model_name, prompt, answer))
+        visit = service.enter(_client_of(request, service))
+        async with visit.closed_on_error():
+            question = await service.read(await _read_body(request, service.limits.max_body_bytes))
+            # Serve's proxy gives every request an id, the client's own where it sent one, and returns it as a header.
+            request_id = request.headers.get("x-request-id") or uuid.uuid4().hex
+            completion = Completion(request_id, service.model_name, len(question.prompt.input_ids))
+            visit.sent()
+            if question.is_stream:
+                return await _stream(service, visit, question, completion)
+            reply = await visit.wait(service.engines.answer(question.prompt))
+            visit.first_token(reply)
+            service.metrics.answered(len(question.prompt.input_ids), reply.num_tokens)
+            visit.close(200)
+            return JSONResponse(completion.whole(reply))
 
     def describe() -> dict[str, Any]:
-        return {"id": service.model_name, "object": "model", "created": created, "owned_by": "flashsloth"}
+        common = {"object": "model", "created": created, "owned_by": "flashsloth"}
+        return {"id": service.model_name, **common, "tiling": service.tiling}
 
     @http.get("/v1/models")
-    async def models() -> dict[str, Any]:
+    async def models(request: Request) -> dict[str, Any]:
+        _client_of(request, service)
         return {"object": "list", "data": [describe()]}
 
     @http.get("/v1/models/{name:path}")
-    async def model(name: str) -> dict[str, Any]:
+    async def model(request: Request, name: str) -> dict[str, Any]:
+        _client_of(request, service)
         if name != service.model_name:
             raise unknown_model(name, service.model_name)
         return describe()
 
+    @http.get("/metrics")
+    async def metrics(request: Request) -> Response:
+        _client_of(request, service)
+        return Response(await service.read_metrics(), media_type="text/plain; version=0.0.4")
+
     @http.get("/health")
     async def health() -> dict[str, str]:
-        try:
-            await asyncio.wait_for(service.check(), HEALTH_TIMEOUT_S)
-        except Exception as error:  # whatever keeps the engine from answering: that is the finding
-            raise ApiError(503, f"the engine does not answer ({type(error).__name__})", "unavailable") from error
+        await service.check()
         return {"status": "ok"}
 
+    @http.get("/")
+    async def show_page() -> HTMLResponse:
+        return HTMLResponse(page, headers=page_headers)
+
     return http
+
+
+async def _stream(service: Service, visit: Visit, question: Question, completion: Completion) -> Response:
+    """The response that sends the answer as it comes. What goes wrong before its first text has its own status."""
+    replies = service.engines.stream(question.prompt)
+    try:
+        first = await visit.wait(anext(replies))
+    except BaseException:
+        await replies.aclose()  # type: ignore[attr-defined]  # a generator, which ends the request with it
+        raise
+    visit.first_token(first)
+    events = _events(service, visit, question, completion, first, replies)
+    return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS)
+
+
+async def _events(
+    service: Service,
+    visit: Visit,
+    question: Question,
+    completion: Completion,
+    reply: Reply,
+    replies: AsyncIterator[Reply],
+) -> AsyncIterator[bytes]:
+    num_tokens = reply.num_tokens
+    try:
+        yield completion.opening() + completion.piece(reply)
+        while reply.finish_reason is None:
+            reply = await visit.wait(anext(replies))
+            num_tokens += reply.num_tokens
+            if reply.text or reply.finish_reason is not None:
+                yield completion.piece(reply)
+        service.metrics.answered(len(question.prompt.input_ids), num_tokens)
+        visit.close(200)
+        yield completion.closing(num_tokens, question.include_usage)
+    except ApiError as error:
+        visit.close(error.status)
+        yield completion.broken(error)
+    finally:
+        visit.close(CLIENT_GONE)  # without effect on one that was closed above
+        await replies.aclose()  # type: ignore[attr-defined]
+
+
+def _client_of(request: Request, service: Service) -> str:
+    address = request.client.host if request.client else "unknown"
+    return service.clients.authenticate(request.headers.get("authorization"), address)
 
 
 async def _read_body(request: Request, limit: int) -> bytes:
@@ -124,3 +152,15 @@ async def _read_body(request: Request, limit: int) -> bytes:
         if len(body) > limit:
             raise too_large
     return bytes(body)
+
+
+def _page_headers(page: str) -> dict[str, str]:
+    """Let the page run its own script and style, show pictures that it was given, and talk to nobody but us."""
+    rules = ["default-src 'none'", "connect-src 'self'", "img-src data: blob:", "base-uri 'none'", "form-action 'none'"]
+    for tag in ("script", "style"):
+        (text,) = re.findall(f"<{tag}>(.*?)</{tag}>", page, flags=re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        rules.append(f"{tag}-src 'sha256-{digest}'")
+    rules.append("frame-ancestors 'none'")
+    headers = {"content-security-policy": "; ".join(rules), "x-content-type-options": "nosniff"}
+    return {**headers, "referrer-policy": "no-referrer", "cache-control": "no-cache"}

@@ -1,4 +1,4 @@
-"""What goes over the wire: the part of the OpenAI chat API that this service speaks, and its errors.
+"""What clients send: the part of the OpenAI chat API that this service speaks.
 
 A field that is not listed is refused by name. To ignore it would be to answer another question than the one asked.
 """
@@ -7,37 +7,16 @@ from __future__ import annotations
 
 import base64
 import binascii
-import time
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flashsloth.conversation import ConversationError, read_conversation
 from flashsloth.image_processing_flashsloth import ImageError, decode_image
-from pipelines.serving.engine import Answer, Prompt
+from pipelines.serving.errors import ApiError, unknown_model
 from pipelines.serving.sampling import Sampling
 from pipelines.serving.settings import Limits
-
-
-class ApiError(Exception):
-    """An answer that is an error, in OpenAI's shape.
-
-    Attributes:
-        status: HTTP status.
-        message: what is wrong and what would be right.
-        param: the field that is to blame, where one is.
-        code: stable, meant for programs.
-    """
-
-    def __init__(self, status: int, message: str, code: str, param: str | None = None) -> None:
-        super().__init__(status, message, code, param)
-        self.status, self.message, self.code, self.param = status, message, code, param
-
-    def body(self) -> dict[str, Any]:
-        """The JSON that clients of the OpenAI API expect."""
-        kind = "invalid_request_error" if self.status < 500 and self.status != 429 else "server_error"
-        kind = "rate_limit_error" if self.status == 429 else kind
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
 class _Wire(BaseModel):
@@ -52,10 +31,11 @@ class TextPart(_Wire):
 
 
 class ImageUrl(_Wire):
-    """Where an image is: a data URI."""
+    """Where an image is: a data URI or, for hosts that are allowed, an http(s) address."""
 
     url: str
-    detail: Literal["auto", "low", "high"] = "auto"  # accepted for clients that always send it: the tiling is trained
+    detail: Literal["auto", "low", "high"] = "auto"
+    """"low" shows the model no more of the picture than fits on one tile, which only HD checkpoints can tell."""
 
 
 class ImagePart(_Wire):
@@ -72,6 +52,12 @@ class ChatMessage(_Wire):
     content: str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
 
 
+class StreamOptions(_Wire):
+    """What a stream tells beside the answer."""
+
+    include_usage: bool = False
+
+
 class ChatRequest(_Wire):
     """The body of `POST /v1/chat/completions`. The temperature defaults to 0: an answer about a picture is no draw."""
 
@@ -84,14 +70,21 @@ class ChatRequest(_Wire):
     stop: str | list[str] | None = None
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     n: Literal[1] | None = None
-    stream: Literal[False] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
     presence_penalty: float | None = Field(default=None, ge=0, le=0)
     frequency_penalty: float | None = Field(default=None, ge=0, le=0)
     user: str | None = None
 
+    @property
+    def image_addresses(self) -> list[str]:
+        """The images that are to be fetched."""
+        parts = [part for message in self.messages for part in message.content if isinstance(part, ImagePart)]
+        return [part.image_url.url for part in parts if not part.image_url.url.startswith("data:")]
+
 
 def parse_request(body: bytes, model_name: str) -> ChatRequest:
-    """Read a request's body.
+    """Read a request's body, and check what can be checked without decoding an image.
 
     Raises:
         ApiError: 422 for what is no such request, 404 for a model that is not served.
@@ -104,15 +97,11 @@ def parse_request(body: bytes, model_name: str) -> ChatRequest:
         param = ".".join(str(part) for part in first["loc"]) or None
         raise ApiError(422, _explain(first["type"], param, first["msg"]), "invalid_request", param) from error
     if request.model != model_name:
-        raise ApiError(
-            404, f"the model {request.model!r} is not served here; {model_name!r} is", "model_not_found", "model"
-        )
+        raise unknown_model(request.model, model_name)
+    if request.stream_options is not None and not request.stream:
+        raise ApiError(422, "stream_options are for streams; set stream", "invalid_request", "stream_options")
+    _check_image_places(request)
     return request
-
-
-def unknown_model(asked: str, served: str) -> ApiError:
-    """The error for a model that is not the one that is served."""
-    return ApiError(404, f"the model {asked!r} is not served here; {served!r} is", "model_not_found", "model")
 
 
 def read_sampling(request: ChatRequest, limits: Limits) -> Sampling:
@@ -135,52 +124,38 @@ def read_sampling(request: ChatRequest, limits: Limits) -> Sampling:
         top_p=1.0 if request.top_p is None else request.top_p,
         stop=tuple(stops),
         seed=request.seed,
+        deadline_s=limits.deadline_s,
     )
 
 
-def read_messages(request: ChatRequest, limits: Limits) -> tuple[list[dict[str, str]], Any]:
+def read_messages(
+    request: ChatRequest, limits: Limits, tile_size: int, fetched: Mapping[str, bytes]
+) -> tuple[list[dict[str, str]], Any]:
     """Plain messages, and the image (PIL, RGB) or None.
 
+    Args:
+        request: as parsed.
+        limits: how large an image may be.
+        tile_size: side of a tile of the model in pixels.
+        fetched: the bytes of each of the request's `image_addresses`.
+
     Raises:
-        ApiError: 422 for an image that is a URL, cannot be used, or stands anywhere but in the first user message.
+        ApiError: 422 for an image that cannot be used, or messages that are no conversation.
     """
     try:
-        # The first pass looks at the structure with the images left encoded, so that a misplaced one costs nothing.
-        _check_image_places(request)
-        return read_conversation([_decode(message, limits) for message in request.messages])
+        return read_conversation([_decode(message, limits, tile_size, fetched) for message in request.messages])
     except (ConversationError, ImageError) as error:
         raise ApiError(422, error.detail, error.reason, "messages") from error
-
-
-def completion(request_id: str, model_name: str, prompt: Prompt, answer: Answer) -> dict[str, Any]:
-    """The response's body for one answer."""
-    spent, given = len(prompt.input_ids), len(answer.token_ids)
-    return {
-        "id": f"chatcmpl-{request_id}",
-        "object": "chat.completion",
-        "created": int(time.time()),
-        "model": model_name,
-        "choices": [
-            {
-                "index": 0,
-                "message": {"role": "assistant", "content": answer.text},
-                "finish_reason": answer.finish_reason,
-                "logprobs": None,
-            }
-        ],
-        "usage": {"prompt_tokens": spent, "completion_tokens": given, "total_tokens": spent + given},
-    }
 
 
 def _explain(kind: str, param: str | None, message: str) -> str:
     if kind == "extra_forbidden":
         return f"the field {param!r} is not supported"
-    if param == "stream":
-        return "streaming is not supported; leave out stream"
     return f"{param}: {message}" if param else message
 
 
 def _check_image_places(request: ChatRequest) -> None:
+    """A misplaced image is refused while it is still encoded, so that it costs nothing."""
     seen = 0
     for index, message in enumerate(request.messages):
         for part in message.content if isinstance(message.content, list) else []:
@@ -189,30 +164,30 @@ def _check_image_places(request: ChatRequest) -> None:
             seen += 1
             if index > 0 or message.role != "user" or seen > 1:
                 where = f"message {index} ({message.role})"
-                raise ConversationError("image_misplaced", f"{where}: one image at most, in the first user message")
+                raise ApiError(
+                    422, f"{where}: one image at most, in the first user message", "image_misplaced", "messages"
+                )
 
 
-def _decode(message: ChatMessage, limits: Limits) -> dict[str, Any]:
+def _decode(message: ChatMessage, limits: Limits, tile_size: int, fetched: Mapping[str, bytes]) -> dict[str, Any]:
     if isinstance(message.content, str):
         return message.model_dump()
     parts: list[dict[str, Any]] = []
     for part in message.content:
         if isinstance(part, TextPart):
             parts.append(part.model_dump())
-        else:
-            image = decode_image(_data_of(part.image_url.url), max_pixels=limits.max_image_pixels)
-            parts.append({"type": "image", "image": image})
+            continue
+        url = part.image_url.url
+        image = decode_image(fetched[url] if url in fetched else _data_of(url), max_pixels=limits.max_image_pixels)
+        if part.image_url.detail == "low":
+            image.thumbnail((tile_size, tile_size))
+        parts.append({"type": "image", "image": image})
     return {"role": message.role, "content": parts}
 
 
 def _data_of(url: str) -> bytes:
-    """The bytes in a data URI. Addresses are never followed: they would reach whatever this machine can reach."""
+    """The bytes in a data URI."""
     header, comma, payload = url.partition(",")
-    if not header.startswith("data:"):
-        scheme = url.split(":", 1)[0][:20]
-        raise ConversationError(
-            "image_url_not_allowed", f"image_url is a {scheme} address, which is not fetched; send a data URI (base64)"
-        )
     if not comma or not header.endswith(";base64"):
         raise ConversationError("unsupported_content", "image_url is a data URI without base64 content")
     try:

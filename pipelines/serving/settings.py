@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from pipelines.serving.engine_settings import EngineSettings
 from pipelines.settings import Section
+
+TokenHash = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class Limits(Section):
-    """What one request may ask for. Everything beyond is refused before the model sees it."""
+    """What one request may ask for, and one client. Everything beyond is refused before the model sees it."""
 
     max_body_bytes: int = Field(default=20 * 2**20, gt=0)
-    """Largest request body; a larger one is answered with 413."""
+    """Largest request body; a larger one is answered with 413. No fetched image may be larger either."""
 
     max_image_pixels: int = Field(default=50_000_000, gt=0)
     """Largest image by width x height, read from its header before it is decoded."""
@@ -27,8 +30,42 @@ class Limits(Section):
     default_max_tokens: int = Field(default=256, gt=0)
     """Length of an answer where the request does not say; at most `max_tokens`."""
 
+    deadline_s: float = Field(default=100, gt=0)
+    """Seconds from a request's arrival at an engine after which its answer ends where it is. Keep it below the
+    `request_timeout_s` of HTTP, which ends a request without a word."""
 
-class ServeArgs(Section):
+    max_open_requests: int = Field(default=256, gt=0)
+    """Requests that one ingress works on at once; one more is answered with 429 before its body is read."""
+
+    requests_per_minute: int | None = Field(default=None, gt=0)
+    """Requests of one client (a token, or an address where there are none) that one ingress takes per minute."""
+
+
+class Policy(Section):
+    """What the ingress allows. The `user_config` of a Serve file changes it while the service runs."""
+
+    limits: Limits = Limits()
+    """What one request may ask for."""
+
+    tokens: dict[str, TokenHash] = Field(default_factory=dict)
+    """Name of a client -> sha256 of its token in hex, as `jobs/serve.py token NAME` prints it. Where there are none,
+    everybody may ask."""
+
+    image_hosts: list[str] = Field(default_factory=list)
+    """Hosts (`host` or `host:port`) whose images may be named by http(s) address. Where there are none, images come as
+    data URIs only."""
+
+    def changed(self, user_config: dict[str, Any]) -> Policy:
+        """This policy with what `user_config` says in its place; a field that it leaves out stays as it is.
+
+        Raises:
+            ValidationError: it names an unknown field, or a value that makes no sense.
+        """
+        limits = {**self.limits.model_dump(), **user_config.get("limits", {})}
+        return Policy.model_validate({**self.model_dump(), **user_config, "limits": limits})
+
+
+class ServeArgs(Policy):
     """The service: which checkpoint, on what, how many requests at once."""
 
     checkpoint: str
@@ -44,7 +81,19 @@ class ServeArgs(Section):
     """Arithmetic of the model; auto: bfloat16 on a GPU, float32 on a CPU."""
 
     num_replicas: int = Field(default=1, gt=0)
-    """Engines, each with a model of its own."""
+    """Engines, each with a model of its own; the fewest where `max_replicas` is more."""
+
+    max_replicas: int | None = Field(default=None, gt=0)
+    """Most engines: another one is started where more requests run and wait than the engines have slots."""
+
+    upscale_delay_s: float = Field(default=30, ge=0)
+    """How long that must last."""
+
+    downscale_delay_s: float = Field(default=600, ge=0)
+    """How long fewer requests than that must have come before an engine is stopped."""
+
+    num_ingress_replicas: int = Field(default=1, gt=0)
+    """Processes that read requests and decode images."""
 
     num_cpus: float = Field(default=1, ge=0)
     """CPUs that Ray reserves per engine; on a CPU this is also how many threads compute."""
@@ -52,14 +101,25 @@ class ServeArgs(Section):
     num_gpus: float = Field(default=0, ge=0)
     """GPUs that Ray reserves per engine."""
 
-    max_batch_size: int = Field(default=8, gt=0)
-    """Most requests that are decoded together."""
+    ingress_num_cpus: float = Field(default=0.5, ge=0)
+    """CPUs that Ray reserves per ingress."""
 
-    batch_wait_timeout_s: float = Field(default=0.01, ge=0)
-    """How long the first request of a batch waits for others."""
+    health_check_period_s: float = Field(default=5, gt=0)
+    """How often each engine is looked at; after three bad findings it is replaced."""
 
-    max_queued_requests: int = Field(default=128, gt=0)
-    """Requests that may wait at the door; more are answered with 429."""
+    wedged_after_s: float = Field(default=60, gt=0)
+    """An engine that has requests and made no step for this long is found bad."""
 
-    limits: Limits = Limits()
-    """What one request may ask for."""
+    engine: EngineSettings = EngineSettings()
+    """Budgets of each engine: slots, waiting requests, memory."""
+
+    @model_validator(mode="after")
+    def _check_replicas(self) -> ServeArgs:
+        if self.max_replicas is not None and self.max_replicas < self.num_replicas:
+            raise ValueError(f"max_replicas is {self.max_replicas}, less than num_replicas, {self.num_replicas}")
+        return self
+
+    @property
+    def policy(self) -> Policy:
+        """What the ingress allows at its start."""
+        return Policy(limits=self.limits, tokens=self.tokens, image_hosts=self.image_hosts)

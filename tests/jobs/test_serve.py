@@ -17,8 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from jobs.serve import main
+from pipelines.serving.authentication import Clients
+from pipelines.serving.settings import Policy
 from tests.fixtures.ray_session import REPOSITORY
 from tests.pipelines.test_serving_app import free_port
 
@@ -93,7 +96,7 @@ def test_a_stop_lets_the_answer_that_is_under_way_finish(start_job: Any, tiny_ch
     asking.join(timeout=120)
     assert isinstance(answers[0], dict), answers
     assert job.finish() == 0, job.output
-    assert "stopping" in job.output
+    assert job.output.splitlines()[-1] == "stopping: waiting for answers that are under way"  # and no word of Ray's
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # closed connections still hold it for a minute
         probe.bind(("127.0.0.1", port))
@@ -126,8 +129,20 @@ def test_a_taken_port_is_an_error(tiny_checkpoint: Path, capsys: pytest.CaptureF
 
 def test_a_typo_in_a_recipe_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = tmp_path / "serve.yaml"
-    recipe.write_text("checkpoint: x\nmax_batchsize: 4\n")
+    recipe.write_text("checkpoint: x\nnum_replica: 4\n")
     with pytest.raises(SystemExit) as stopped:
         main(["--config", str(recipe)])
     assert stopped.value.code == 2
-    assert f"{recipe}: unknown field 'max_batchsize'; did you mean 'max_batch_size'?" in capsys.readouterr().err
+    assert f"{recipe}: unknown field 'num_replica'; did you mean 'num_replicas'?" in capsys.readouterr().err
+
+
+def test_a_token_is_shown_once_and_kept_as_its_hash(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["token", "alice"]) == 0
+    first, _, recipe = capsys.readouterr().out.split("\n", 2)
+    policy = Policy.model_validate(yaml.safe_load(recipe))
+    clients = Clients(policy.tokens)
+    token = first.rpartition(" ")[2]
+    assert clients.authenticate(f"Bearer {token}", "127.0.0.1") == "alice"
+    assert token not in recipe
+    assert main(["token"]) == 2
+    assert capsys.readouterr().err.startswith("error: name the client")

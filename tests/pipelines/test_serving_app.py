@@ -26,7 +26,7 @@ from ray.serve.schema import LoggingConfig
 
 from pipelines.serving.app import build_app
 from pipelines.serving.checkpoint import CheckpointError
-from pipelines.serving.engine import Encoder, Engine
+from pipelines.serving.engine import Encoder, Engine, EngineSettings
 from pipelines.serving.sampling import Sampling
 from pipelines.serving.settings import ServeArgs
 
@@ -53,16 +53,15 @@ def question(url: str, text: str = "What color is the square?") -> list[dict[str
 
 @pytest.fixture(scope="module")
 def address(ray_session: None, tiny_checkpoint: Path) -> Iterator[str]:
-    """A service that takes 8 requests a batch, two batches at a time, and lets 8 more requests wait."""
+    """A service that answers 8 requests at once, lets 8 more wait, and turns away more."""
     port = free_port()
     serve.start(http_options=HTTPOptions(host="127.0.0.1", port=port), logging_config=QUIET)
     args = ServeArgs(
         checkpoint=str(tiny_checkpoint),
         model_name="tiny",
         device="cpu",
-        max_batch_size=8,
-        batch_wait_timeout_s=0.3,
-        max_queued_requests=8,
+        engine=EngineSettings(max_slots=8, max_waiting=8),
+        image_hosts=["pictures.example"],
     )
     serve.run(build_app(args), logging_config=QUIET)
     try:
@@ -164,7 +163,7 @@ def test_a_wrong_folder_is_refused_before_anything_starts() -> None:
 def test_the_args_of_a_serve_file_are_validated(tiny_checkpoint: Path) -> None:
     """As Serve does it for `import_path` and `args:`: by the annotation of the builder."""
     build = call_user_app_builder_with_args_if_necessary
-    application = build(build_app, {"checkpoint": str(tiny_checkpoint), "max_batch_size": 4})
+    application = build(build_app, {"checkpoint": str(tiny_checkpoint), "num_replicas": "2"})
     assert isinstance(application, Application)
-    with pytest.raises(ValidationError, match="max_batchsize"):
-        build(build_app, {"checkpoint": str(tiny_checkpoint), "max_batchsize": 4})
+    with pytest.raises(ValidationError, match=r"num_replica\b"):
+        build(build_app, {"checkpoint": str(tiny_checkpoint), "num_replica": 4})

@@ -5,18 +5,25 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
+from pydantic import ValidationError
 from starlette.testclient import TestClient
 
-from pipelines.serving.engine import Answer, Encoder, Engine, Prompt
-from pipelines.serving.http import Service, build_http
-from pipelines.serving.protocol import ApiError
-from pipelines.serving.settings import Limits
+from pipelines.serving.authentication import hash_token
+from pipelines.serving.engine import Encoder, Engine, EngineSettings, Prompt
+from pipelines.serving.errors import ApiError
+from pipelines.serving.http import build_http
+from pipelines.serving.metrics import EngineMetrics, IngressMetrics, exposition
+from pipelines.serving.replies import Desk, Reply
+from pipelines.serving.service import Service
+from pipelines.serving.settings import Limits, Policy
 from tests.fixtures.tiny import build_processor, build_tiny_model
 
 LIMITS = Limits(
@@ -29,15 +36,31 @@ class Backend:
 
     def __init__(self) -> None:
         processor = build_processor()
-        self.engine = Engine(build_tiny_model(processor), processor)
+        self.engine = Engine(build_tiny_model(processor), processor, EngineSettings(max_slots=4))
+        self.desk = Desk(self.engine)
         self.prompts: list[Prompt] = []
         self.error: Exception | None = None
+        self.breaks_after: int | None = None
 
-    async def answer(self, prompt: Prompt) -> Answer | ApiError:
+    async def answer(self, prompt: Prompt) -> Reply:
         self.prompts.append(prompt)
         if self.error:
             raise self.error
-        return self.engine.generate([prompt])[0]
+        reply = await self.desk.answer(prompt)
+        if isinstance(reply, ApiError):
+            raise reply
+        return reply
+
+    async def stream(self, prompt: Prompt) -> AsyncIterator[Reply]:
+        self.prompts.append(prompt)
+        pieces = 0
+        async for reply in self.desk.stream(prompt):
+            if self.error and pieces == (self.breaks_after or 0):
+                raise self.error
+            if isinstance(reply, ApiError):
+                raise reply
+            pieces += 1
+            yield reply
 
     async def check(self) -> None:
         if self.error:
@@ -46,19 +69,32 @@ class Backend:
 
 
 @pytest.fixture(scope="module")
-def shared_backend() -> Backend:
-    return Backend()
+def shared_backend() -> Iterator[Backend]:
+    backend = Backend()
+    yield backend
+    backend.engine.close()
 
 
 @pytest.fixture
 def backend(shared_backend: Backend) -> Backend:
-    shared_backend.prompts, shared_backend.error = [], None
+    shared_backend.prompts, shared_backend.error, shared_backend.breaks_after = [], None, None
     return shared_backend
 
 
 @pytest.fixture
-def client(backend: Backend) -> Iterator[TestClient]:
-    service = Service("tiny", LIMITS, Encoder(backend.engine.processor), backend.answer, backend.check)
+def service(backend: Backend) -> Service:
+    metrics = IngressMetrics("ingress-1")
+    engine_metrics = EngineMetrics("engine-1")
+
+    async def read_metrics() -> bytes:
+        return exposition([metrics.collect(), engine_metrics.collect(backend.engine.stats())])
+
+    encoder = Encoder(backend.engine.processor)
+    return Service("tiny", encoder, backend, metrics, Policy(limits=LIMITS), read_metrics)
+
+
+@pytest.fixture
+def client(service: Service) -> Iterator[TestClient]:
     with TestClient(build_http(service), raise_server_exceptions=False) as client:
         yield client
 
@@ -91,7 +127,7 @@ def test_an_answer_has_the_shape_of_a_completion(client: TestClient, backend: Ba
     assert response.status_code == 200, response.text
     answer = response.json()
     (prompt,) = backend.prompts
-    expected = backend.engine.generate([prompt])[0]
+    (expected,) = backend.engine.generate([prompt])
     assert answer["id"] == "chatcmpl-mine-1"
     assert (answer["object"], answer["model"]) == ("chat.completion", "tiny")
     (choice,) = answer["choices"]
@@ -136,7 +172,8 @@ def test_an_answer_has_the_default_length_where_none_is_asked(client: TestClient
 
 
 REFUSED = {
-    "stream": ({"stream": True}, "stream", "streaming is not supported"),
+    "stream options": ({"stream_options": {"include_usage": True}}, "stream_options", "set stream"),
+    "unknown stream options": ({"stream": True, "stream_options": {"x": 1}}, "stream_options", "not supported"),
     "several answers": ({"n": 2}, "n", ""),
     "tools": ({"tools": []}, "tools", "the field 'tools' is not supported"),
     "no messages": ({"messages": []}, "messages", ""),
@@ -226,10 +263,55 @@ def test_unknown_paths_and_methods_have_the_same_shape(client: TestClient) -> No
     assert client.get("/v1/chat/completions").status_code == 405
 
 
+def stream(client: TestClient, **changes: Any) -> tuple[int, list[dict[str, Any]]]:
+    """The status and the events of a stream; each ends in an empty line, the last one says that it is done."""
+    response = post(client, stream=True, **changes)
+    if response.headers["content-type"] != "text/event-stream; charset=utf-8":
+        return response.status_code, [response.json()]
+    events = response.text.split("\n\n")
+    assert events.pop() == ""
+    if events[-1] == "data: [DONE]":
+        events.pop()
+    return response.status_code, [json.loads(event.removeprefix("data: ")) for event in events]
+
+
+def test_a_stream_adds_up_to_the_whole_answer(client: TestClient) -> None:
+    whole = post(client, max_tokens=20).json()
+    _, events = stream(client, max_tokens=20, stream_options={"include_usage": True})
+    assert {event["object"] for event in events} == {"chat.completion.chunk"}
+    assert len({(event["id"], event["created"], event["model"]) for event in events}) == 1
+    *chunks, usage = events
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    assert deltas[0] == {"role": "assistant", "content": ""}
+    assert "".join(delta.get("content", "") for delta in deltas) == whole["choices"][0]["message"]["content"]
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
+    assert chunks[-1]["choices"][0]["finish_reason"] == whole["choices"][0]["finish_reason"]
+    assert (usage["choices"], usage["usage"]) == ([], whole["usage"])
+
+
+def test_a_stream_tells_its_usage_only_where_asked(client: TestClient) -> None:
+    _, events = stream(client, max_tokens=3)
+    assert all(event["choices"] and "usage" not in event for event in events)
+
+
+def test_what_fails_before_the_first_text_has_its_own_status(client: TestClient, backend: Backend) -> None:
+    backend.error = ApiError(429, "too many requests are waiting; try again", "overloaded")
+    assert stream(client) == (429, [backend.error.body()])
+
+
+def test_a_stream_that_breaks_says_so(client: TestClient, backend: Backend, service: Service) -> None:
+    backend.error, backend.breaks_after = ApiError(503, "no engine can answer at the moment", "unavailable"), 1
+    status, events = stream(client, max_tokens=32)
+    assert (status, events[-1]) == (200, backend.error.body())
+    assert backend.engine.stats().running == 0
+    assert service._num_open == 0
+
+
 def test_health_follows_the_engine(client: TestClient, backend: Backend) -> None:
-    assert client.get("/health").json() == {"status": "ok"}
     backend.error = RuntimeError("the model gives logits that are not finite")
     response = client.get("/health")
+    backend.error = None
+    assert client.get("/health").json() == {"status": "ok"}
     assert (response.status_code, response.json()["error"]["code"]) == (503, "unavailable")
 
 
@@ -245,3 +327,97 @@ def test_a_fault_of_ours_shows_nothing_of_its_inside(client: TestClient, backend
     response = post(client)
     assert (response.status_code, response.json()["error"]["code"]) == (500, "internal_error")
     assert "secret" not in response.text
+
+
+def test_tokens_are_asked_for_everywhere_but_at_the_health_and_the_page(client: TestClient, service: Service) -> None:
+    service.adopt(Policy(limits=LIMITS, tokens={"reader": hash_token("right"), "other": hash_token("also")}))
+    for sent, code in ((None, "missing_token"), ("wrong", "invalid_token"), ("", "missing_token")):
+        headers = {} if sent is None else {"authorization": f"Bearer {sent}"}
+        answers = [client.get(path, headers=headers) for path in ("/v1/models", "/v1/models/tiny", "/metrics")]
+        answers.append(client.post("/v1/chat/completions", json=body(), headers=headers))
+        for answer in answers:
+            assert (answer.status_code, answer.json()["error"]["code"]) == (401, code)
+            assert answer.headers["www-authenticate"] == "Bearer"
+            assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+        assert client.get("/health").status_code == client.get("/").status_code == 200
+    for token in ("right", "also"):
+        assert client.get("/v1/models", headers={"authorization": f"Bearer {token}"}).status_code == 200
+
+
+def test_a_client_that_asks_too_often_is_told_when_to_come_back(client: TestClient, service: Service) -> None:
+    service.adopt(Policy(limits=LIMITS.model_copy(update={"requests_per_minute": 2})))
+    answers = [post(client) for _ in range(3)]
+    assert [answer.status_code for answer in answers] == [200, 200, 429]
+    assert answers[-1].json()["error"]["code"] == "rate_limited"
+    assert 0 < int(answers[-1].headers["retry-after"]) <= 30
+
+
+def test_more_open_requests_than_allowed_are_turned_away_unread(
+    client: TestClient, service: Service, backend: Backend
+) -> None:
+    service.adopt(Policy(limits=LIMITS.model_copy(update={"max_open_requests": 1})))
+    service._num_open = 1
+    response = client.post("/v1/chat/completions", content=b"never read")
+    assert (response.status_code, response.headers["retry-after"]) == (429, "1")
+    service._num_open = 0
+    assert post(client).status_code == 200
+
+
+def test_the_policy_can_change_between_two_requests(client: TestClient, service: Service) -> None:
+    assert post(client, max_tokens=8).status_code == 200
+    changed = service.policy.changed({"limits": {"max_tokens": 7}})
+    assert changed.limits == LIMITS.model_copy(update={"max_tokens": 7})
+    service.adopt(changed)
+    assert post(client, max_tokens=8).json()["error"]["code"] == "max_tokens_too_large"
+    with pytest.raises(ValidationError, match="max_token"):
+        service.policy.changed({"limits": {"max_token": 7}})
+
+
+def test_an_answer_whose_time_is_over_is_cut(client: TestClient, service: Service, backend: Backend) -> None:
+    service.adopt(Policy(limits=Limits(max_tokens=900, deadline_s=0.05)))
+    response = post(client, max_tokens=900)
+    if response.status_code == 200:  # a first token came in time
+        assert response.json()["choices"][0]["finish_reason"] == "length"
+        assert response.json()["usage"]["completion_tokens"] < 900
+    else:
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "deadline")
+        assert response.headers["retry-after"]
+
+
+def test_the_metrics_count(client: TestClient) -> None:
+    assert post(client, max_tokens=4).status_code == 200
+    stream(client, max_tokens=4)
+    assert post(client, n=2).status_code == 422
+    families = {family.name: family for family in text_string_to_metric_families(client.get("/metrics").text)}
+    requests = {sample.labels["status"]: sample.value for sample in samples(families, "flashsloth_requests", "_total")}
+    assert requests == {"200": 2, "422": 1}
+    (first,) = samples(families, "flashsloth_time_to_first_token_seconds", "_count")
+    assert (first.value, first.labels["replica"]) == (2, "ingress-1")
+    tokens = {sample.labels["kind"]: sample.value for sample in samples(families, "flashsloth_tokens", "_total")}
+    assert 0 < tokens["generated"] <= 8 < tokens["prompt"]
+    for name in ("queue", "batch_size", "kv_cache_used_ratio", "tokens_per_second", "slots"):
+        (sample,) = families[f"flashsloth_engine_{name}"].samples
+        assert (sample.labels, sample.value >= 0) == ({"replica": "engine-1"}, True)
+    (open_requests,) = families["flashsloth_open_requests"].samples
+    assert open_requests.value == 0
+
+
+def samples(families: dict[str, Any], name: str, suffix: str) -> list[Any]:
+    return [sample for sample in families[name].samples if sample.name == name + suffix]
+
+
+def test_the_page_needs_nothing_from_elsewhere(client: TestClient) -> None:
+    response = client.get("/")
+    policy = response.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "'unsafe-inline'" not in policy
+    assert not re.findall(r'(?:src|href)="(?!data:)|https?://|@import|url\(', response.text)
+
+
+def test_detail_low_shows_the_model_one_tile_s_worth(client: TestClient, backend: Backend) -> None:
+    uri = data_uri(100, 80)  # below the tile's 126 pixels: nothing to take away
+    for detail in ("low", "high"):
+        parts = with_image(uri)
+        parts[1]["image_url"]["detail"] = detail
+        assert post(client, messages=[user(parts)]).status_code == 200
+    np.testing.assert_array_equal(backend.prompts[0].pixel_values, backend.prompts[1].pixel_values)

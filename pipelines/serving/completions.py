@@ -1,0 +1,65 @@
+"""What clients receive: answers in the shapes of the OpenAI chat API, whole or as a stream of server-sent events."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+from pipelines.serving.errors import ApiError
+from pipelines.serving.replies import Reply
+
+DONE = b"data: [DONE]\n\n"
+
+
+class Completion:
+    """One answer on its way out.
+
+    Args:
+        request_id: becomes a part of the answer's own id.
+        model_name: as the client knows it.
+        num_prompt_tokens: visual tokens included.
+    """
+
+    def __init__(self, request_id: str, model_name: str, num_prompt_tokens: int) -> None:
+        self._common = {"id": f"chatcmpl-{request_id}", "created": int(time.time()), "model": model_name}
+        self._num_prompt_tokens = num_prompt_tokens
+
+    def whole(self, reply: Reply) -> dict[str, Any]:
+        """The body for an answer that comes in one piece."""
+        choice = {
+            "index": 0,
+            "message": {"role": "assistant", "content": reply.text},
+            "finish_reason": reply.api_finish_reason,
+            "logprobs": None,
+        }
+        usage = self._usage(reply.num_tokens)
+        return {**self._common, "object": "chat.completion", "choices": [choice], "usage": usage}
+
+    def opening(self) -> bytes:
+        """The first event of a stream: who speaks."""
+        return self._event({"role": "assistant", "content": ""})
+
+    def piece(self, reply: Reply) -> bytes:
+        """The events for the next piece of an answer."""
+        events = self._event({"content": reply.text}) if reply.text else b""
+        return events if reply.finish_reason is None else events + self._event({}, reply.api_finish_reason)
+
+    def closing(self, num_tokens: int, include_usage: bool) -> bytes:
+        """The last events of a stream."""
+        return (self._encode({"choices": [], "usage": self._usage(num_tokens)}) if include_usage else b"") + DONE
+
+    def broken(self, error: ApiError) -> bytes:
+        """The last event of a stream that cannot go on; its status was sent long ago."""
+        return b"data: " + json.dumps(error.body()).encode() + b"\n\n"
+
+    def _event(self, delta: dict[str, str], finish_reason: str | None = None) -> bytes:
+        return self._encode({"choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason}]})
+
+    def _encode(self, content: dict[str, Any]) -> bytes:
+        chunk = {**self._common, "object": "chat.completion.chunk", **content}
+        return b"data: " + json.dumps(chunk, ensure_ascii=False).encode() + b"\n\n"
+
+    def _usage(self, given: int) -> dict[str, int]:
+        spent = self._num_prompt_tokens
+        return {"prompt_tokens": spent, "completion_tokens": given, "total_tokens": spent + given}

@@ -1,0 +1,114 @@
+"""The engines as the ingress sees them: whoever of them answers, and another one where that one is lost."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Protocol
+
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from pipelines.serving.engine import Prompt
+from pipelines.serving.errors import ApiError
+from pipelines.serving.replies import Reply
+
+ATTEMPTS = 3
+PAUSE_S = 0.2  # between attempts: Serve needs a moment to see that a replica is gone
+_LOST = ("engine_error", "unavailable")
+
+
+class Engines(Protocol):
+    """Whatever answers prompts."""
+
+    async def answer(self, prompt: Prompt) -> Reply:
+        """The whole answer; raises `ApiError` where there is none."""
+
+    def stream(self, prompt: Prompt) -> AsyncIterator[Reply]:
+        """The answer in pieces; raises `ApiError` where it does not go on."""
+
+    async def check(self) -> None:
+        """Raise where no engine answers."""
+
+
+class RemoteEngines:
+    """The engines of a Serve deployment.
+
+    An engine that dies takes its requests with it. One that has not sent a token to its client is asked of another
+    engine: nobody can tell the difference.
+
+    Args:
+        handle: of the deployment.
+        on_retry: called whenever that happens.
+    """
+
+    def __init__(self, handle: DeploymentHandle, on_retry: Callable[[], None]) -> None:
+        self._handle = handle
+        self._streams = handle.options(stream=True)
+        self._on_retry = on_retry
+
+    async def answer(self, prompt: Prompt) -> Reply:
+        """See `Engines`."""
+        for attempt in range(ATTEMPTS):
+            error = await self._attempt(prompt)
+            if isinstance(error, Reply):
+                return error
+            await self._before_retry(attempt, error)
+        raise AssertionError("the last attempt raises")
+
+    async def stream(self, prompt: Prompt) -> AsyncIterator[Reply]:
+        """See `Engines`."""
+        for attempt in range(ATTEMPTS):
+            has_begun = False
+            error: ApiError | None = None
+            responses = self._streams.stream.remote(prompt)
+            try:
+                async for reply in responses:
+                    if isinstance(reply, ApiError):
+                        error = reply
+                        break
+                    has_begun = True
+                    yield reply
+            except (RayError, RayServeException) as failure:
+                error = _explain(failure)
+            finally:
+                responses.cancel()  # without effect on what has ended
+            if error is None:
+                return
+            if has_begun:
+                raise error
+            await self._before_retry(attempt, error)
+
+    async def check(self) -> None:
+        """See `Engines`."""
+        await self._handle.check_health.remote()
+
+    async def collect(self) -> list[Any]:
+        """What `collect` of each engine gives."""
+        return await self._handle.broadcast("collect").results_async()
+
+    async def _attempt(self, prompt: Prompt) -> Reply | ApiError:
+        response = self._handle.answer.remote(prompt)
+        try:
+            return await response
+        except (RayError, RayServeException) as failure:
+            return _explain(failure)
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+
+    async def _before_retry(self, attempt: int, error: ApiError) -> None:
+        if error.code not in _LOST or attempt + 1 == ATTEMPTS:
+            raise error
+        self._on_retry()
+        await asyncio.sleep(PAUSE_S * (attempt + 1))
+
+
+def _explain(failure: Exception) -> ApiError:
+    """What a client is told of what Ray says; raises it where it is a fault of ours."""
+    if isinstance(failure, BackPressureError):
+        return ApiError(429, "too many requests are waiting; try again", "overloaded")
+    if isinstance(failure, RayTaskError):
+        raise failure
+    return ApiError(503, "no engine can answer at the moment; try again", "unavailable")

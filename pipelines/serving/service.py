@@ -1,0 +1,179 @@
+"""What stands behind the HTTP routes of one ingress: its policy, and the way from a request's body to a prompt."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from flashsloth.conversation import ConversationError
+from pipelines.serving.authentication import Clients, RateLimit
+from pipelines.serving.engine import Encoder, Prompt
+from pipelines.serving.engines import Engines
+from pipelines.serving.errors import ApiError
+from pipelines.serving.image_urls import ImageFetcher
+from pipelines.serving.metrics import IngressMetrics
+from pipelines.serving.protocol import ChatRequest, parse_request, read_messages, read_sampling
+from pipelines.serving.replies import Reply
+from pipelines.serving.sampling import Sampling
+from pipelines.serving.settings import Limits, Policy
+
+HEALTH_TIMEOUT_S = 10
+HEALTH_HOLDS_S = 1  # /health is open to everybody, so it must not cost a forward pass each time
+GRACE_S = 5  # beyond the deadline, which the engine itself keeps: only one that is lost needs more
+CLIENT_GONE = 499
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A request that may go to an engine."""
+
+    prompt: Prompt
+    is_stream: bool
+    include_usage: bool
+
+
+class Service:
+    """One ingress.
+
+    Args:
+        model_name: under which clients ask for the model.
+        encoder: turns conversations into prompts.
+        engines: answer prompts.
+        metrics: counts what happens.
+        policy: what requests may ask for; `adopt` another one at any time.
+        read_metrics: the text of `GET /metrics`.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        encoder: Encoder,
+        engines: Engines,
+        metrics: IngressMetrics,
+        policy: Policy,
+        read_metrics: Callable[[], Awaitable[bytes]],
+    ) -> None:
+        self.model_name = model_name
+        self.encoder = encoder
+        self.engines = engines
+        self.metrics = metrics
+        self.read_metrics = read_metrics
+        self._num_open = 0
+        self._healthy_until = 0.0
+        self.adopt(policy)
+
+    @property
+    def limits(self) -> Limits:
+        """What a request may ask for now."""
+        return self.policy.limits
+
+    @property
+    def tiling(self) -> str:
+        """How the model looks at pictures: "base" or "hd"."""
+        return self.encoder.processor.image_processor.tiling
+
+    def adopt(self, policy: Policy) -> None:
+        """Go by another policy, from the next request on."""
+        self.policy = policy
+        self.clients = Clients(policy.tokens)
+        self._rate_limit = RateLimit(policy.limits.requests_per_minute)
+        self._images = ImageFetcher(policy.image_hosts, policy.limits.max_body_bytes)
+
+    def enter(self, client: str) -> Visit:
+        """Let a request in; raises `ApiError` (429) where its client asks too often, or too many are inside."""
+        self._rate_limit.take(client)
+        if self._num_open >= self.limits.max_open_requests:
+            raise ApiError(429, f"{self._num_open} requests are open; try again", "overloaded")
+        return Visit(self)
+
+    async def read(self, body: bytes) -> Question:
+        """Check a request and encode it; raises `ApiError` for whatever is wrong with it."""
+        limits = self.limits
+        # In threads: parsing and decoding megabytes takes a while, and others want to be heard meanwhile.
+        request, sampling = await asyncio.to_thread(self._parse, body, limits)
+        fetched = {url: await self._images.fetch(url) for url in request.image_addresses}
+        prompt = await asyncio.to_thread(self._encode, request, sampling, limits, fetched)
+        options = request.stream_options
+        return Question(prompt, bool(request.stream), options is not None and options.include_usage)
+
+    async def check(self) -> None:
+        """Raise `ApiError` (503) where no engine answers."""
+        if time.monotonic() < self._healthy_until:
+            return
+        try:
+            await asyncio.wait_for(self.engines.check(), HEALTH_TIMEOUT_S)
+        except Exception as error:  # whatever keeps the engine from answering: that is the finding
+            raise ApiError(503, f"no engine answers ({type(error).__name__})", "unavailable") from error
+        self._healthy_until = time.monotonic() + HEALTH_HOLDS_S
+
+    def _parse(self, body: bytes, limits: Limits) -> tuple[ChatRequest, Sampling]:
+        request = parse_request(body, self.model_name)
+        return request, read_sampling(request, limits)
+
+    def _encode(self, request: ChatRequest, sampling: Sampling, limits: Limits, fetched: Mapping[str, bytes]) -> Prompt:
+        tile_size = self.encoder.processor.image_processor.size
+        messages, image = read_messages(request, limits, tile_size, fetched)
+        try:
+            return self.encoder.prompt(messages, image, sampling, max_length=limits.max_prompt_tokens)
+        except ConversationError as error:
+            raise ApiError(422, error.detail, error.reason, "messages") from error
+
+
+class Visit:
+    """One request, from the door until its last byte, counted."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._started_at = time.monotonic()
+        # What an engine needs to give up is known to the engine; this is for one that is lost without a word.
+        self._expires_at = asyncio.get_running_loop().time() + service.limits.deadline_s + GRACE_S
+        self._is_open = True
+        service._num_open += 1
+        service.metrics.opened()
+
+    @contextlib.asynccontextmanager
+    async def closed_on_error(self) -> AsyncIterator[None]:
+        """Close the visit where the block raises; one that goes well is closed by whoever sends the last byte."""
+        try:
+            yield
+        except ApiError as error:
+            self.close(error.status)
+            raise
+        except asyncio.CancelledError:
+            self.close(CLIENT_GONE)
+            raise
+        except BaseException:
+            self.close(500)
+            raise
+
+    async def wait(self, answer: Awaitable[T]) -> T:
+        """The answer; raises `ApiError` (503) where it does not come in time."""
+        try:
+            async with asyncio.timeout_at(self._expires_at):
+                return await answer
+        except TimeoutError as error:
+            raise ApiError(503, "no answer came in time; try again later", "deadline") from error
+
+    def first_token(self, reply: Reply) -> None:
+        """The first piece is there: whole answers say themselves when their first token was."""
+        elapsed = time.monotonic() - self._started_at
+        if reply.finish_reason is not None and reply.first_token_s is not None:
+            elapsed = min(elapsed, self._sent_at - self._started_at + reply.first_token_s)
+        self._service.metrics.first_token(elapsed)
+
+    def sent(self) -> None:
+        """The prompt goes to an engine."""
+        self._sent_at = time.monotonic()
+
+    def close(self, status: int) -> None:
+        """The request has ended."""
+        if self._is_open:
+            self._is_open = False
+            self._service._num_open -= 1
+            self._service.metrics.closed(status, time.monotonic() - self._started_at)
