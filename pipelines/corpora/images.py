@@ -29,10 +29,11 @@ def read(path: str, span: Span) -> Iterator[Row]:
     if len(names) < span.stop - span.start:
         raise FileFormatError(f"{path}: has fewer images than when it was looked at first")
     for position, name in enumerate(names, start=span.start):
-        content: Record | RowError = Record([], id=name, image=name)
-        if not name.isprintable():  # bytes that are no UTF-8 among them
-            content = RowError("row_malformed", f"{name!r}: not a name that can be written down")
-        yield Row(position, storage.join(path, name), content)
+        if name.isprintable():
+            yield Row(position, storage.join(path, name), Record([], id=name, image=name))
+        else:  # bytes that are no UTF-8 among them
+            error = RowError("row_malformed", f"{name!r}: not a name that can be written down")
+            yield Row(position, storage.join(path, repr(name)), error)
 
 
 def fingerprint(path: str, expected: str) -> str:

@@ -10,15 +10,17 @@ import inspect
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
+from importlib import import_module
 from itertools import count, groupby, islice
+from pkgutil import iter_modules
 from types import ModuleType
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from flashsloth import conversation, image_processing_flashsloth, processing_flashsloth
-from pipelines import records, storage
-from pipelines.corpora import FORMATS, fields, json_rows, spans
+from pipelines import corpora, records, storage
+from pipelines.corpora import FORMATS, spans
 from pipelines.corpora.spans import Extent, Span
 from pipelines.preparation import sources
 from pipelines.preparation.sources import PlanError, SourceTerms, check_unchanged, is_taken, row_key
@@ -238,15 +240,13 @@ class _Counted:
 
 def code_identity() -> str:
     """The sha256 of the code that decides what a row becomes."""
+    formats = sorted(module.name for module in iter_modules(corpora.__path__, f"{corpora.__name__}."))
     modules: list[ModuleType] = [
         conversation,
         image_processing_flashsloth,
         processing_flashsloth,
-        fields,
-        json_rows,
-        spans,
         sources,
-        *(FORMATS[name] for name in sorted(FORMATS)),  # type: ignore[list-item]  # modules, seen as what they offer
+        *map(import_module, formats),
         records,
         quantization,
         images,

@@ -1,0 +1,61 @@
+"""ShareGPT rows -> records: names of speakers, the system text, and LLaVA's rules for the image."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.formats import error, read_rows, records
+
+
+def turns(*texts: str, names: tuple[str, str] = ("human", "gpt")) -> list[dict[str, str]]:
+    return [{"from": names[i % 2], "value": value} for i, value in enumerate(texts)]
+
+
+def write(folder: Path, *rows: Any) -> Path:
+    path = folder / "corpus.json"
+    path.write_text(json.dumps(rows))
+    return path
+
+
+@pytest.mark.parametrize("names", [("human", "gpt"), ("user", "assistant"), ("human", "chatgpt"), ("human", "bard")])
+def test_names_of_speakers(tmp_path: Path, names: tuple[str, str]) -> None:
+    rows = [{"id": "x_0", "conversations": turns("Q", "A", names=names)}, {"conversations": turns("Q", "A", "Q", "A")}]
+    first, second = records(read_rows("sharegpt", write(tmp_path, *rows)))
+    assert [message["role"] for message in first.messages] == ["user", "assistant"]
+    assert (first.id, second.id, len(second.messages)) == ("x_0", "", 4)
+
+
+def test_the_system_text_stands_first_and_an_empty_one_is_none(tmp_path: Path) -> None:
+    rows = [{"system": system, "conversations": turns("Q", "A")} for system in ("Be brief.", "", None)]
+    first, *others = records(read_rows("sharegpt", write(tmp_path, *rows)))
+    assert first.messages[0] == {"role": "system", "content": "Be brief."}
+    assert all(len(other.messages) == 2 for other in others)
+
+
+def test_the_image_and_its_marker(tmp_path: Path) -> None:
+    rows = [{"images": ["a.jpg"], "conversations": turns("<image>Q", "A")}, {"conversations": turns("<image>Q", "A")}]
+    first, second = read_rows("sharegpt", write(tmp_path, *rows))
+    [record] = records([first])
+    assert (record.image, record.messages[0]["content"]) == ("a.jpg", "Q")
+    assert error(second).reason == "image_marker_mismatch"
+
+
+@pytest.mark.parametrize(
+    ("change", "detail"),
+    [
+        ({"system": 5}, "'system' is text, this is a number"),
+        ({"system": "\0"}, "NUL"),
+        ({"conversations": [{"from": "tool", "value": "x"}]}, "from 'tool'"),
+        ({"conversations": [{"value": "x"}]}, "from None"),
+        ({"conversations": "x"}, "a list of turns"),
+    ],
+)
+def test_what_is_refused(tmp_path: Path, change: dict[str, Any], detail: str) -> None:
+    [row] = read_rows("sharegpt", write(tmp_path, {"id": "r", "conversations": turns("Q", "A")} | change))
+    found = error(row)
+    assert (found.reason, found.id) == ("row_malformed", "r")
+    assert detail in found.detail

@@ -1,0 +1,127 @@
+"""WebDataset tars -> records, and tars that are broken."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines import storage
+from pipelines.records import FileFormatError
+from tests.formats import error, read_rows, records
+
+TURNS = [{"from": "human", "value": "<image>Q"}, {"from": "gpt", "value": "A"}]
+
+
+def write(path: Path, files: dict[str, bytes | dict[str, Any]], form: int = tarfile.PAX_FORMAT) -> Path:
+    with tarfile.open(path, "w", format=form) as tar:
+        for name, content in files.items():
+            data = json.dumps(content).encode() if isinstance(content, dict) else content
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 100])
+@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
+def test_files_of_a_sample_make_a_record(tmp_path: Path, chunk: int, form: int) -> None:
+    files: dict[str, bytes | dict[str, Any]] = {}
+    for number in range(5):
+        files[f"a/{number:05}.JPG"] = b"image %d" % number * 1000
+        files[f"a/{number:05}.json"] = {"conversations": TURNS} | ({"id": f"own{number}"} if number % 2 else {})
+    path = write(tmp_path / "0.tar", files, form)
+    found = read_rows("webdataset", path, chunk)
+    assert [row.location for row in found] == [f"{path}:a/{n:05} (sample {n})" for n in range(5)]
+    assert [each.image for each in records(found)] == [b"image %d" % n * 1000 for n in range(5)]
+    assert [each.id for each in records(found)] == ["a/00000", "own1", "a/00002", "own3", "a/00004"]
+    assert records(found)[0].messages[0]["content"] == "Q"
+
+
+def test_captions_messages_and_text_alone(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Q"}]}]
+    path = write(
+        tmp_path / "0.tar",
+        {
+            "0.jpg": b"0",
+            "0.txt": b"a red square\n",
+            "1.png": b"1",
+            "1.json": {"caption": "a bar", "key": "1", "image": "http://elsewhere/1.png"},
+            "2.webp": b"2",
+            "2.json": {"messages": [*messages, {"role": "assistant", "content": "A"}]},
+            "3.json": {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
+        },
+    )
+    first, second, third, fourth = records(read_rows("webdataset", path))
+    assert [message["content"] for message in first.messages] == ["", "a red square"]
+    assert (second.image, second.messages[1]["content"]) == (b"1", "a bar")
+    assert (third.image, third.messages[0]["content"]) == (b"2", "Q")
+    assert (fourth.image, len(fourth.messages)) == (None, 2)
+
+
+def test_folders_long_names_and_odd_dots(tmp_path: Path) -> None:
+    long = "x" * 200
+    path = tmp_path / "0.tar"
+    write(path, {f"./{long}/a.b.jpg": b"1", f"./{long}/a.json": {"conversations": TURNS}, "./c/a.txt": b"t"})
+    with tarfile.open(path, "a") as tar:
+        folder = tarfile.TarInfo("./d")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+    first, second = read_rows("webdataset", path, 1)
+    assert first.location.endswith(f":{long}/a (sample 0)")
+    assert error(first).reason == "image_marker_mismatch"  # a.b.jpg is the sample's "b.jpg", which is no image of ours
+    assert records([second])[0].messages[1]["content"] == "t"
+
+
+@pytest.mark.parametrize(
+    ("files", "reason", "detail"),
+    [
+        ({"0.jpg": b"x"}, "row_malformed", "has jpg, but neither a json"),
+        ({"0.jpg": b"x", "0.cls": b"3"}, "row_malformed", "has cls, jpg"),
+        ({"0.jpg": b"x", "0.json": b"{"}, "row_malformed", "not valid JSON"),
+        ({"0.jpg": b"x", "0.json": b"[]"}, "row_malformed", "a row is an object, this is an empty list"),
+        ({"0.jpg": b"x", "0.txt": b"\xff"}, "row_malformed", "the txt is not UTF-8"),
+        ({"0.jpg": b"x", "0.txt": b"\0"}, "row_malformed", "NUL"),
+        ({"0.jpg": b"x", "0.png": b"x", "0.txt": b"t"}, "too_many_images", "2 images"),
+        ({"0.json": {"conversations": TURNS}}, "image_marker_mismatch", "1 <image> for 0 image(s)"),
+    ],
+)
+def test_what_is_refused_harms_no_neighbour(tmp_path: Path, files: Any, reason: str, detail: str) -> None:
+    path = write(tmp_path / "0.tar", {**files, "1.jpg": b"y", "1.txt": b"fine"})
+    bad, good = read_rows("webdataset", path)
+    assert (error(bad).reason, detail in error(bad).detail) == (reason, True)
+    assert records([good])[0].image == b"y"
+
+
+def test_tars_that_are_broken_are_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "0.tar", {f"{n}.txt": b"x" * 3000 for n in range(6)})
+    data = path.read_bytes()
+    third = data.index(b"3.txt")
+    for content, message in (
+        (data[: third + 700], "0.tar: no tar, or a damaged one: unexpected end"),
+        (data[:third], r"0\.tar: ends at byte \d+ without a tar's end mark: it is cut short"),
+        (data[:third] + b"#" * 512 + data[third + 512 :], r"0\.tar: damaged near byte \d+: neither a file nor the end"),
+        (b"hello" * 300, "0.tar: no tar, or a damaged one.*compressed ones must be unpacked"),
+        (b"\x1f\x8b" + bytes(2000), "compressed ones must be unpacked"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(FileFormatError, match=message):
+            read_rows("webdataset", path)
+
+
+def test_an_empty_tar_holds_no_rows(tmp_path: Path) -> None:
+    assert read_rows("webdataset", write(tmp_path / "0.tar", {})) == []
+
+
+@pytest.mark.s3
+def test_samples_on_s3(tmp_path: Path, s3_uri: str) -> None:
+    files: dict[str, bytes | dict[str, Any]] = {}
+    for number in range(4):
+        files |= {f"{number}.jpg": bytes([number]) * 100_000, f"{number}.json": {"conversations": TURNS}}
+    uri = storage.join(s3_uri, "0.tar")
+    storage.write_bytes(uri, write(tmp_path / "0.tar", files).read_bytes())
+    assert [each.image for each in records(read_rows("webdataset", uri))] == [bytes([n]) * 100_000 for n in range(4)]

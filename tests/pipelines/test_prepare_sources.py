@@ -1,0 +1,155 @@
+"""Sources of a plan: files and their fingerprints, limits and weights, and the same file listed twice."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines import corpora
+from pipelines.preparation import plan
+from pipelines.preparation.plan import Chunk, check_rows, code_identity, index_files, read_chunk, scans
+from pipelines.preparation.settings import PrepareSettings, SourceSettings
+from pipelines.preparation.sources import PlanError, SourceTerms, source_terms
+
+
+def write(folder: Path, name: str, rows: int) -> Path:
+    """A corpus of text whose rows have the ids NAME-0, NAME-1, ..."""
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    turns = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
+    lines = [json.dumps({"id": f"{name}-{number}", "conversations": turns}) for number in range(rows)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def plan_of(*sources: SourceSettings, chunk_rows: int = 4) -> tuple[list[SourceTerms], list[Chunk]]:
+    terms = source_terms(sources)
+    lots = [index_files(lot, terms, [term.path for term in terms], chunk_rows) for lot in scans(terms)]
+    chunks = [chunk for lot in lots for chunk in lot]
+    check_rows(terms, chunks)
+    return terms, chunks
+
+
+def ids(terms: list[SourceTerms], chunks: list[Chunk]) -> list[str]:
+    rows = [row for chunk in chunks for row in read_chunk(terms[chunk.source], terms[chunk.source].path, chunk)]
+    return [row.content.id for row in rows]
+
+
+def keys(terms: list[SourceTerms], chunks: list[Chunk]) -> list[str]:
+    planned = plan.CorpusPlan(terms=plan.SourcedTerms(sources=terms), chunks=chunks)
+    return [key for chunk in chunks for key in planned.keys(chunk)]
+
+
+def test_a_pattern_stands_for_files_in_the_order_of_their_names(tmp_path: Path) -> None:
+    for name, rows in (("data/b.jsonl", 2), ("data/a.jsonl", 5), ("data/none.txt", 9)):
+        write(tmp_path, name, rows)
+    terms, chunks = plan_of(SourceSettings(path=f"{tmp_path}/data/*.jsonl", name="mix"))
+    assert [(term.name, term.corpus) for term in terms] == [("mix/a.jsonl", "mix"), ("mix/b.jsonl", "mix")]
+    assert [(chunk.source, chunk.rows) for chunk in chunks] == [(0, 4), (0, 1), (1, 2)]
+    assert keys(terms, chunks) == [*(f"mix/a.jsonl:{n}" for n in range(5)), "mix/b.jsonl:0", "mix/b.jsonl:1"]
+    assert len({term.fingerprint for term in terms}) == 2
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(3, [3]), (5, [4, 1]), (7, [4, 1, 2]), (99, [4, 1, 4, 2])])
+def test_a_limit_counts_the_rows_of_all_files(tmp_path: Path, limit: int, expected: list[int]) -> None:
+    for name, rows in (("a.jsonl", 5), ("b.jsonl", 6)):
+        write(tmp_path, name, rows)
+    terms, chunks = plan_of(SourceSettings(path=f"{tmp_path}/?.jsonl", name="mix", limit=limit))
+    assert [chunk.rows for chunk in chunks] == expected
+    assert ids(terms, chunks) == [*(f"a.jsonl-{n}" for n in range(5)), *(f"b.jsonl-{n}" for n in range(6))][:limit]
+
+
+def test_a_weight_below_one_takes_a_share_that_is_always_the_same(tmp_path: Path) -> None:
+    path = str(write(tmp_path, "a.jsonl", 2000))
+    taken = {
+        weight: ids(*plan_of(SourceSettings(path=path, weight=weight), chunk_rows=chunk))
+        for weight, chunk in ((0.1, 7), (0.25, 100), (1.0, 500))
+    }
+    assert set(taken[0.1]) < set(taken[0.25]) < set(taken[1.0])
+    assert len(taken[1.0]) == 2000
+    # Five standard deviations of a draw with replacement.
+    assert abs(len(taken[0.25]) - 500) < 5 * (2000 * 0.25 * 0.75) ** 0.5
+    assert abs(len(taken[0.1]) - 200) < 5 * (2000 * 0.1 * 0.9) ** 0.5
+    assert taken[0.25] == ids(*plan_of(SourceSettings(path=path, weight=0.25), chunk_rows=3))
+
+
+def test_a_weight_above_one_takes_rows_again_under_keys_of_their_own(tmp_path: Path) -> None:
+    path = str(write(tmp_path, "a.jsonl", 40))
+    terms, chunks = plan_of(SourceSettings(path=path, weight=2.5))
+    found = keys(terms, chunks)
+    assert found[:80] == [f"a:{n}" for n in range(40)] + [f"a:{n}+1" for n in range(40)]
+    again = found[80:]
+    assert 5 < len(again) < 35 and all(key.endswith("+2") for key in again)
+    assert len(set(found)) == len(found)
+    read = ids(terms, chunks)
+    assert read == [f"a.jsonl-{key.split(':')[1].split('+')[0]}" for key in found]
+    half = plan_of(SourceSettings(path=path, weight=0.5))
+    assert [key.removesuffix("+2") for key in again] == keys(*half)
+
+
+def test_a_weight_goes_with_a_limit(tmp_path: Path) -> None:
+    path = str(write(tmp_path, "a.jsonl", 40))
+    found = ids(*plan_of(SourceSettings(path=path, weight=2, limit=3)))
+    assert found == [f"a.jsonl-{n}" for n in (0, 1, 2, 0, 1, 2)]
+
+
+def test_a_file_that_two_sources_have_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, "data/a.jsonl", 2)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link.jsonl").symlink_to(path)
+    for other in ("data/../data/a.jsonl", f"{tmp_path}/data/a.jsonl", "data/*.jsonl", "link.jsonl"):
+        sources = [SourceSettings(path="data/a.jsonl"), SourceSettings(path=other, name="second")]
+        with pytest.raises(
+            PlanError, match=r"source 'second': .*\.jsonl belongs to source 'a' too; list each file once"
+        ):
+            source_terms(sources)
+    with pytest.raises(ValueError, match=r"two sources have the path 'data/a\.jsonl'"):
+        recipe({"path": "data/a.jsonl"}, {"path": "data/a.jsonl", "name": "b"})
+    with pytest.raises(ValueError, match="two sources have the name 'a'"):
+        recipe({"path": "data/a.jsonl"}, {"path": "other/a.jsonl"})
+
+
+def recipe(*sources: dict[str, Any]) -> PrepareSettings:
+    return PrepareSettings(sources=list(sources), output="out", processor="p")
+
+
+def test_mistakes_in_a_source_are_named(tmp_path: Path) -> None:
+    for fields, message in (
+        ({"path": "a/*.tar"}, r"a/\*\.tar stands for several files: give the source a name"),
+        ({"path": "a.json", "name": "x/y"}, "name is 'x/y'"),
+        ({"path": "a.json", "weight": 0}, "greater than 0"),
+        ({"path": "a.json", "weight": 101}, "less than or equal to 100"),
+        ({"path": "a.json", "format": "csv"}, "no such corpus format; there are: images, llava, messages, parquet"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            recipe(fields)
+    with pytest.raises(PlanError, match=r"source 'mix': no file matches .*\*\.tar"):
+        source_terms([SourceSettings(path=f"{tmp_path}/*.tar", name="mix")])
+    with pytest.raises(PlanError, match=r"source 'a': .*a\.json cannot be read \(FileNotFoundError\)"):
+        source_terms([SourceSettings(path=f"{tmp_path}/a.json")])
+
+
+def test_a_source_without_rows_is_named(tmp_path: Path) -> None:
+    good, empty = write(tmp_path, "a.jsonl", 2), write(tmp_path, "b.jsonl", 0)
+    with pytest.raises(PlanError, match=rf"source 'b': {empty} holds no rows"):
+        plan_of(SourceSettings(path=str(good)), SourceSettings(path=str(empty)))
+    terms, chunks = plan_of(SourceSettings(path=f"{tmp_path}/*.jsonl", name="mix"))  # one of its files may be empty
+    assert len(ids(terms, chunks)) == 2
+
+
+def test_the_identity_of_the_code_covers_every_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, seen = code_identity(), []
+    getsource = inspect.getsource
+    monkeypatch.setattr(inspect, "getsource", lambda module: seen.append(module.__name__) or getsource(module))
+    assert code_identity() == before
+    files = {f"pipelines.corpora.{file.stem}" for file in Path(corpora.__path__[0]).glob("[a-z]*.py")}
+    assert files < set(seen) and {form.__name__ for form in corpora.FORMATS.values()} < set(seen)  # type: ignore[attr-defined]
+    for name in sorted(files):
+        monkeypatch.setattr(
+            inspect, "getsource", lambda module, name=name: getsource(module) + "#" * (module.__name__ == name)
+        )
+        assert code_identity() != before, name
