@@ -1,0 +1,108 @@
+"""What the benchmark of training measures against: it must compute the same, and draw what it says."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from flashsloth.collation import collate
+from pipelines.benchmarks.conversations import MAX_LENGTH, draw_shapes, sample_of, write_folder
+from pipelines.benchmarks.feeding import feed_alone, measure_padding
+from pipelines.benchmarks.published import published_parts, published_shares, zero_image_pass
+from pipelines.benchmarks.training import VARIANTS
+from pipelines.feed import PreparedRows, TokenBudget
+
+FEW = 12
+
+
+@pytest.fixture
+def batch(processor) -> dict[str, torch.Tensor]:
+    """Conversations of the mix, with and without an image; lengths as drawn for 9 image tokens."""
+    random = np.random.default_rng(0)
+    shapes = [shape for shape in draw_shapes(200, seed=1, image_tokens=9) if len(shape.questions) < 5]
+    chosen = [shape for shape in shapes if shape.has_image][:4] + [shape for shape in shapes if not shape.has_image][:1]
+    samples = [sample_of(shape, processor, random) for shape in chosen]
+    assert [len(s["input_ids"]) for s in samples] == [shape.num_tokens(9, 9) for shape in chosen]
+    for sample, shape in zip(samples, chosen, strict=True):
+        if shape.has_image:
+            sample["pixel_values"] = random.standard_normal((1, 3, 126, 126)).astype(np.float32)
+    return collate(samples, processor.pad_token_id)
+
+
+def loss_and_gradients(model, batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    return loss.detach(), {name: weight.grad.clone() for name, weight in model.named_parameters()}
+
+
+@pytest.mark.parametrize("pooling, queries", [(True, False), (False, True), (True, True)])
+def test_the_restated_parts_compute_what_ours_do(tiny_model, batch, pooling, queries):
+    loss, gradients = loss_and_gradients(tiny_model, batch)
+    with published_parts(tiny_model, pooling, queries):
+        other_loss, others = loss_and_gradients(tiny_model, batch)
+    torch.testing.assert_close(other_loss, loss, atol=1e-5, rtol=0)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(others[name], gradient, atol=1e-4, rtol=1e-4, msg=name)
+
+
+def test_the_parts_are_ours_again_afterwards_and_loop_meanwhile(tiny_model, batch):
+    scored: list[int] = []
+    tiny_model.model.pooling.score_in.register_forward_hook(lambda *_: scored.append(1))
+    with torch.no_grad():
+        with published_parts(tiny_model, True, False):
+            tiny_model(**batch)
+        assert len(scored) == 9, "once for each region of 126 pixels"
+        tiny_model(**batch)
+    assert len(scored) == 10
+
+
+def test_zero_images_change_no_loss(tiny_model, batch):
+    with torch.no_grad():
+        assert float(zero_image_pass(tiny_model, batch["pixel_values"], 3)) == 0.0
+
+
+def test_the_published_sampler_gives_every_rank_long_and_short_rows():
+    lengths = np.sort(np.random.default_rng(0).integers(100, 2000, 32))
+    shares = published_shares(lengths, micro_batch=8, world_size=4)
+    assert sorted(np.concatenate(shares).tolist()) == list(range(32))
+    assert [len(share) for share in shares] == [8] * 4
+    assert all(lengths[share].max() > 1500 and lengths[share].min() < 500 for share in shares)
+
+
+def test_lengths_are_drawn_as_described():
+    shapes = draw_shapes(4000, seed=0)
+    lengths = np.array([shape.num_tokens(81, 9) for shape in shapes])
+    assert lengths.max() <= MAX_LENGTH
+    assert sum(not shape.has_image for shape in shapes) / 4000 == pytest.approx(40 / 664, abs=0.01)
+    assert np.mean([len(shape.questions) for shape in shapes]) == pytest.approx(5.5, abs=0.4)
+    assert shapes == draw_shapes(4000, seed=0) != draw_shapes(4000, seed=1)
+
+
+def test_padding_is_within_its_bounds_on_a_few_rows_too():
+    _, bounds, found = measure_padding(4000, seed=3)
+    assert all(bound.is_met for bound in bounds), found
+    assert found["published sampler, 16 rows"] > 5 * found["8192 tokens"] > 5 * found["packed to 4096"]
+
+
+def test_the_feed_is_timed_over_rows_that_are_really_read(tmp_path, processor):
+    shapes = draw_shapes(FEW, seed=0, image_tokens=9)
+    folder = write_folder(tmp_path / "rows", shapes, processor, seed=0)
+    rows = PreparedRows([folder])
+    assert rows.num_tokens.tolist() == [shape.num_tokens(9, 9) for shape in shapes]
+    assert rows.num_loss_tokens.tolist() == [sum(shape.answers) + len(shape.answers) for shape in shapes]
+    assert rows.has_image.tolist() == [shape.has_image for shape in shapes]
+    figures = feed_alone(rows, processor, 4, TokenBudget(8000), threads=2)
+    assert figures["rows_per_s"] == pytest.approx(FEW / figures["seconds"])
+    (tmp_path / "rows" / rows.datasets[0].manifest.shards[0].name).unlink()
+    with pytest.raises(ValueError, match="found no such file"):
+        feed_alone(PreparedRows([folder]), processor, 4, 2, threads=1)
+
+
+def test_the_variants_go_from_published_to_ours_one_change_at_a_time():
+    changed = [
+        sum(vars(before)[name] != vars(after)[name] for name in vars(before))
+        for before, after in zip(list(VARIANTS.values()), list(VARIANTS.values())[1:], strict=False)
+    ]
+    assert changed == [1, 1, 1, 1]
