@@ -4,5 +4,6 @@ pytest_plugins = [
     "tests.fixtures.ray_session",
     "tests.fixtures.s3",
     "tests.fixtures.fault_proxy",
+    "tests.fixtures.small_disk",
     "tests.fixtures.tiny",
 ]

@@ -20,7 +20,7 @@ When = Literal["before", "midway", "after"]
 _SECONDS = 60
 _WRITES = ("write_bytes", "put_if_absent")
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.preparation", "s3fs"])
+_CONTEXT.set_forkserver_preload(["tests.preparation", "tests.annotation", "s3fs"])
 
 
 class Kill(NamedTuple):

@@ -8,7 +8,6 @@ import inspect
 import json
 import re
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -30,6 +29,7 @@ from pipelines.shards.receipts import Receipt
 from tests.corpus import bad_rows, row, write_corpus, write_processor
 from tests.fixtures.fault_proxy import Fault, FaultProxy
 from tests.fixtures.s3 import S3
+from tests.fixtures.small_disk import SmallDisk
 from tests.fixtures.tiny import build_processor, build_tiny_model
 from tests.kills import run_apart
 from tests.preparation import begin, do_chunk, prepare_here, prepare_settings
@@ -277,30 +277,15 @@ def test_shard_that_is_spoilt_after_publication_is_named(
     assert main(["verify", settings.output]) == 1
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of its own with room for one of the three shards and not for two."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(disk)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a small disk needs root")
-    try:
-        yield disk
-    finally:
-        subprocess.run(["umount", "--lazy", str(disk)], check=True)  # the shards that were read are still mapped
-
-
-def test_full_disk_is_named_and_resumed(
-    corpus: Path, small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_disk_is_named_and_resumed(corpus: Path, small_disk: SmallDisk, tmp_path: Path) -> None:
+    """There is room for one of the three shards and not for two."""
     expected = prepare_here(prepare_settings(corpus))
-    settings = prepare_settings(corpus, output=str(small_disk / "out"))
-    with pytest.raises(OSError, match=rf"No space left on device: '{small_disk}/out/shards/\w{{64}}\.arrow'"):
+    settings = prepare_settings(corpus, output=str(small_disk.path / "out"))
+    with pytest.raises(OSError, match=rf"No space left on device: '{small_disk.path}/out/shards/\w{{64}}\.arrow'"):
         prepare_here(settings)
     check_unpublished(settings.output, receipts=1)
     assert len(storage.list_names(f"{settings.output}/shards")) == 1  # neither a partial shard nor its beginnings
-    subprocess.run(["mount", "-o", "remount,size=10m", str(small_disk)], check=True)
+    small_disk.resize("10m")
     assert prepare_here(settings) == expected
     check_rows(settings.output, expected, tmp_path)
 
