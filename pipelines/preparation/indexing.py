@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import ray
+from ray import ObjectRef
 
 from pipelines.preparation.plan import Chunk, check_rows, index_files, scans
 from pipelines.preparation.row_images import SourceFiles
@@ -19,8 +20,10 @@ def plan_chunks(sources: Sequence[SourceTerms], files: Sequence[SourceFiles], ch
         FileFormatError: a file as a whole is not of its source's format.
     """
     index = ray.remote(index_files)
-    paths = [file.path for file in files]
-    parts: list[list[Chunk]] = ray.get([index.remote(lot, sources, paths, chunk_rows) for lot in scans(sources)])
+    # Put once: of ten thousand files, each task would else carry all.
+    held: ObjectRef[Sequence[SourceTerms]] = ray.put(list(sources))
+    paths: ObjectRef[Sequence[str]] = ray.put([file.path for file in files])
+    parts: list[list[Chunk]] = ray.get([index.remote(lot, held, paths, chunk_rows) for lot in scans(sources)])
     chunks = [chunk for part in parts for chunk in part]
     check_rows(sources, chunks)
     return chunks
