@@ -1,6 +1,6 @@
 """The Ray Data chain: chunks -> samples -> (features) -> shards -> receipts. One block is one chunk all the way.
 
-Without a tower Ray fuses the steps into one task per chunk, so no sample passes through the object store.
+Without a tower a chunk is one step of one task, and an image is copied once: from where it was made into the shard.
 """
 
 from __future__ import annotations
@@ -68,12 +68,14 @@ def run_chunks(
     items = [{"number": number, **plan.chunks[number].model_dump()} for number in pending]
     with DataContext.current(quiet_context()):
         chunks = ray.data.from_items(items, override_num_blocks=len(items))
-        samples = chunks.map_batches(partial(make_samples, work=work), **WHOLE_BLOCK)
         if encoder:
+            samples = chunks.map_batches(partial(make_samples, work=work), **WHOLE_BLOCK)
             samples = samples.map_batches(
                 FeatureActor, fn_constructor_args=(encoder,), **WHOLE_BLOCK, **_actors(encoder)
             )
-        receipts = samples.map_batches(partial(write_chunk, work=work), **WHOLE_BLOCK)
+            receipts = samples.map_batches(partial(write_chunk, work=work), **WHOLE_BLOCK)
+        else:
+            receipts = chunks.map_batches(partial(make_and_write, work=work), **WHOLE_BLOCK)
     return map(Receipt.model_validate_json, column(receipts, "receipt"))
 
 
@@ -85,6 +87,11 @@ def make_samples(chunks: pa.Table, work: Work) -> pa.Table:
         number = row.pop("number")
         tables.append(_maker(work)(number, Chunk(**row)))
     return pa.concat_tables(tables)
+
+
+def make_and_write(chunks: pa.Table, work: Work) -> pa.Table:
+    """Chunks, of which Ray hands in one, -> their receipts. Between two steps Ray Data would copy the images."""
+    return write_chunk(make_samples(chunks, work), work)
 
 
 class FeatureActor:

@@ -22,7 +22,7 @@ from pipelines.preparation.row_images import SourceFiles, with_images
 from pipelines.preparation.sources import row_key
 from pipelines.records import Record, Row, RowError
 from pipelines.shards.images import ImageStore
-from pipelines.shards.schema import IGNORED_LABEL, SAMPLE_SCHEMA
+from pipelines.shards.schema import IGNORED_LABEL, SAMPLE_SCHEMA, image_column
 
 # Beside the sample: which chunk a row belongs to, where a person finds it, for a bad row what is wrong, and what the
 # data receipt tells.
@@ -99,7 +99,7 @@ class SampleMaker:
             | self._watch.take()
             for row, image in self._watch.each("read", fetched)
         ]
-        return pa.Table.from_pylist(samples, schema=WORK_SCHEMA)
+        return _table(samples)
 
     def _sample(self, content: Record | RowError, image: Picture | RowError | None) -> dict[str, Any]:
         if isinstance(content, RowError):
@@ -136,7 +136,7 @@ class SampleMaker:
         # Features begin as pixels: the tower's actor turns them into features.
         pixels = self.processor.image_processor.to_uint8(image)
         return {
-            "image": pixels.tobytes(),
+            "image": pixels,
             "image_shape": list(pixels.shape),
             "image_dtype": str(pixels.dtype),
         } | facts
@@ -148,6 +148,13 @@ class SampleMaker:
         # A GIF that another source has brought in is none for a source that takes no GIF.
         may_share = self._takes_gif or not image.startswith(b"GIF8")
         return Picture(image, key, bool(may_share and self.store and key and self.store.has(key)))
+
+
+def _table(samples: list[dict[str, Any]]) -> pa.Table:
+    # All images in one buffer would be a copy of each, in memory that is new to the process for every chunk.
+    images = image_column([sample.pop("image") for sample in samples])
+    table = pa.Table.from_pylist(samples, schema=WORK_SCHEMA)
+    return table.set_column(WORK_SCHEMA.get_field_index("image"), WORK_SCHEMA.field("image"), images)
 
 
 def _rejected(error: RowError | ImageError | ConversationError, own_id: str) -> dict[str, Any]:

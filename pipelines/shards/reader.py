@@ -2,13 +2,14 @@
 
 A local shard is memory-mapped where it lies, and checked (size and sha256) when a process first opens it. Shards of an
 object store are fetched whole into a cache folder while they fit into its bound, since training comes back to them, and
-mapped there. Of all others each row is read by a ranged GET and checked against its own hash: a cache that is smaller
-than what is shuffled through it would fetch whole shards for single rows.
+mapped there. Of all others each row is read by a ranged GET and checked against a checksum of its own: a cache that is
+smaller than what is shuffled through it would fetch whole shards for single rows.
 """
 
 from __future__ import annotations
 
 import os
+import zlib
 from bisect import bisect_right
 from collections import OrderedDict
 from threading import Lock
@@ -23,7 +24,6 @@ from pipelines.shards.images import ImageStore
 from pipelines.shards.manifest import Manifest, QuarantineEntry, ShardEntry
 from pipelines.shards.quantization import dequantize
 from pipelines.shards.schema import SAMPLE_SCHEMA
-from pipelines.shards.writer import row_digest
 
 # Each open shard holds a file descriptor, of which a process commonly has 1024.
 _MAX_OPEN_SHARDS = 64
@@ -122,15 +122,15 @@ class ShardedDataset:
 
     def _fetch_row(self, entry: ShardEntry, position: int) -> pa.RecordBatch:
         uri = storage.join(self.folder, entry.name)
-        offsets, digests = entry.row_offsets or [], entry.row_digests or []
+        offsets, checksums = entry.row_offsets or [], entry.row_checksums or []
         try:
             data = storage.read_range(uri, offsets[position], offsets[position + 1])
         except FileNotFoundError as error:
             raise _missing(entry, uri) from error
-        if (found := row_digest(data)) != digests[position]:
+        if (found := zlib.crc32(data)) != checksums[position]:
             raise ShardError(
-                f"{uri}: row {position}: expected {offsets[position + 1] - offsets[position]} bytes with sha256 "
-                f"{digests[position]}..., found {len(data)} with {found}...: {_CHANGED}"
+                f"{uri}: row {position}: expected {offsets[position + 1] - offsets[position]} bytes with CRC-32 "
+                f"{checksums[position]:08x}, found {len(data)} with {found:08x}: {_CHANGED}"
             )
         return pa.ipc.read_record_batch(pa.ipc.read_message(pa.py_buffer(data)), SAMPLE_SCHEMA)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import pyarrow as pa
 
 MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
@@ -34,6 +37,18 @@ QUARANTINE_SCHEMA = pa.schema(
 """The columns of the table of rows that could not become samples."""
 
 IGNORED_LABEL = -100
+
+
+def image_column(images: Sequence[bytes | np.ndarray | None]) -> pa.ChunkedArray:
+    """The column `image` with these values. Each row is a view of the bytes or of the C-ordered array that is given."""
+    return pa.chunked_array([_view(image) for image in images], pa.large_binary())
+
+
+def _view(image: bytes | np.ndarray | None) -> pa.Array:
+    if image is None:
+        return pa.nulls(1, pa.large_binary())
+    data = pa.py_buffer(image)
+    return pa.Array.from_buffers(pa.large_binary(), 1, [None, pa.py_buffer(np.array([0, data.size], np.int64)), data])
 
 
 def describe(schema: pa.Schema) -> dict[str, str]:
