@@ -1,0 +1,243 @@
+"""The page in a real browser: Debian's Chromium, headless, over real HTTP to a real engine. Leaves screenshots."""
+
+from __future__ import annotations
+
+import base64
+import re
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import uvicorn
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from pipelines.serving.authentication import hash_token
+from pipelines.serving.engine import Encoder, Engine, EngineSettings
+from pipelines.serving.http import build_http
+from pipelines.serving.metrics import IngressMetrics
+from pipelines.serving.replies import Desk
+from pipelines.serving.service import Service
+from pipelines.serving.settings import Limits, Policy
+from tests.fixtures.ray_session import REPOSITORY
+from tests.fixtures.tiny import build_processor, build_tiny_model
+from tests.pipelines.test_serving_http import Backend
+from tests.serving import free_port, png
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+SCREENSHOTS = REPOSITORY / "outputs" / "screenshots"  # ignored by git, kept as the artefact of a test run
+PATIENCE_MS = 30_000
+
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium found (on Debian and Ubuntu: apt-get install chromium)"
+)
+
+
+class HdBackend(Backend):
+    """An engine of an HD checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.engine.close()
+        processor = build_processor("hd")
+        self.engine = Engine(build_tiny_model(processor), processor, EngineSettings(max_slots=2))
+        self.desk = Desk(self.engine)
+
+
+class Site:
+    """A running service without Ray: the page needs none."""
+
+    def __init__(self, backend: Backend) -> None:
+        async def no_metrics() -> bytes:
+            return b""
+
+        self.backend = backend
+        self.policy = Policy(limits=Limits(default_max_tokens=60))
+        encoder = Encoder(backend.engine.processor)
+        self.service = Service("tiny", encoder, backend, IngressMetrics("one"), self.policy, no_metrics)
+        port = free_port()
+        self.address = f"http://127.0.0.1:{port}/"
+        self._server = uvicorn.Server(uvicorn.Config(build_http(self.service), port=port, log_level="error"))
+        self._thread = threading.Thread(target=self._server.run)
+        self._thread.start()
+        deadline = time.monotonic() + 30
+        while not self._server.started:
+            assert time.monotonic() < deadline, "the server does not start"
+            time.sleep(0.01)
+
+    def close(self) -> None:
+        self._server.should_exit = True
+        self._thread.join()
+        self.backend.engine.close()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=[*flags, "--disable-sync"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module", params=["base", "hd"])
+def any_site(request: pytest.FixtureRequest) -> Iterator[Site]:
+    site = Site(Backend() if request.param == "base" else HdBackend())
+    yield site
+    site.close()
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[Site]:
+    site = Site(Backend())
+    yield site
+    site.close()
+
+
+@pytest.fixture
+def open_page(browser: Browser) -> Iterator[Any]:
+    """Open pages that must neither complain nor ask anybody but the service for anything."""
+    contexts = []
+    problems: list[str] = []
+
+    def watched(site: Site, **options: Any) -> Page:
+        context = browser.new_context(**options)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(PATIENCE_MS)
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("console", lambda line: problems.append(line.text) if "Content Security" in line.text else None)
+        page.on(
+            "request",
+            lambda request: (
+                None if request.url.startswith((site.address, "data:", "blob:")) else problems.append(request.url)
+            ),
+        )
+        page.goto(site.address)
+        return page
+
+    yield watched
+    for context in contexts:
+        context.close()
+    assert problems == []
+
+
+def pictures(*seeds: int) -> list[dict[str, Any]]:
+    return [{"name": f"{seed}.png", "mimeType": "image/png", "buffer": png(seed)} for seed in seeds]
+
+
+def wait_for_answers(page: Page, count: int) -> None:
+    expect(page.locator(".figures")).to_have_count(count, timeout=PATIENCE_MS)
+
+
+def test_a_picture_is_asked_about_in_several_turns(any_site: Site, open_page: Any) -> None:
+    any_site.backend.prompts.clear()
+    page = open_page(any_site)
+    expect(page.locator("#model")).to_have_text("tiny")
+    page.set_input_files("#files", pictures(0))
+    expect(page.locator("#talk > img")).to_be_visible()
+    for question in ("What color is the square?", "How many circles are there?"):
+        page.keyboard.type(question)  # the focus is where one types
+        page.keyboard.press("Enter")
+        wait_for_answers(page, page.locator(".user").count())
+    figures = page.locator(".figures").first.text_content()
+    assert re.fullmatch(r"first token \d+ ms · ([\d.]+ tokens/s · )?\d+ tokens", figures), figures
+    first, second = any_site.backend.prompts
+    assert first.pixel_values is not None
+    assert max(second.question_ids) == 2
+    (expected,) = any_site.backend.engine.generate([first])
+    assert page.locator(".assistant").first.text_content() == expected.text
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=SCREENSHOTS / f"page-{any_site.service.tiling}.png")
+
+
+def test_the_hd_switch_is_there_where_the_checkpoint_has_it(any_site: Site, open_page: Any) -> None:
+    page = open_page(any_site)
+    expect(page.locator("#model")).to_have_text("tiny")
+    switch = page.get_by_label("HD")
+    if any_site.service.tiling == "base":
+        expect(switch).to_be_hidden()
+        return
+    bodies: list[Any] = []
+    page.on("request", lambda request: bodies.append(request.post_data_json) if request.method == "POST" else None)
+    page.set_input_files("#files", pictures(1))
+    for count, detail in ((1, "high"), (2, "low")):
+        switch.set_checked(detail == "high")
+        page.locator("#question").fill("What is it?")
+        page.get_by_role("button", name="Ask").click()
+        wait_for_answers(page, count)
+        assert bodies[-1]["messages"][0]["content"][0]["image_url"]["detail"] == detail
+
+
+def test_pictures_are_dropped_and_each_has_its_own_conversation(site: Site, open_page: Any) -> None:
+    page = open_page(site)
+    page.evaluate(
+        """(pictures) => {
+            const transfer = new DataTransfer();
+            for (const [name, data] of pictures) {
+                const bytes = Uint8Array.from(atob(data), (letter) => letter.charCodeAt(0));
+                transfer.items.add(new File([bytes], name, { type: "image/png" }));
+            }
+            document.body.dispatchEvent(new DragEvent("drop", { dataTransfer: transfer, bubbles: true }));
+        }""",
+        [[f"{seed}.png", base64.b64encode(png(seed)).decode()] for seed in (1, 2)],
+    )
+    expect(page.get_by_role("tab")).to_have_count(3)
+    page.keyboard.type("What is it?\n")
+    wait_for_answers(page, 1)
+    page.get_by_role("tab").nth(2).press("ArrowLeft")
+    expect(page.locator(".turn")).to_have_count(0)
+    expect(page.locator("#talk > img")).to_have_attribute("alt", "1.png")
+    page.keyboard.press("ArrowRight")
+    expect(page.locator(".turn")).to_have_count(2)
+
+
+def test_the_answer_streams_and_can_be_stopped(site: Site, open_page: Any) -> None:
+    site.service.adopt(Policy(limits=Limits(default_max_tokens=900)))
+    page = open_page(site)
+    expect(page.locator("#model")).to_have_text("tiny")
+    page.keyboard.type("Hi\n")
+    answer = page.locator(".assistant")
+    expect(answer).to_have_text(re.compile(".{20,}", re.DOTALL), timeout=PATIENCE_MS)
+    before = len(answer.text_content())
+    expect(answer).to_have_text(re.compile(f".{{{before + 1},}}", re.DOTALL), timeout=PATIENCE_MS)
+    page.keyboard.press("Escape")
+    expect(page.locator(".wrong")).to_have_text("stopped")
+    deadline = time.monotonic() + 30
+    while site.backend.engine.stats().running:
+        assert time.monotonic() < deadline, "the slot is not freed"
+        time.sleep(0.01)
+    site.service.adopt(site.policy)
+
+
+def test_on_a_phone_nothing_is_cut_off(site: Site, open_page: Any) -> None:
+    page = open_page(site, viewport={"width": 360, "height": 640}, has_touch=True, is_mobile=True, color_scheme="dark")
+    page.set_input_files("#files", pictures(3))
+    page.locator("#question").fill("A question that is quite a bit longer than the screen of a phone is wide?")
+    page.get_by_role("button", name="Ask").tap()
+    wait_for_answers(page, 1)
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    for name in ("Picture", "Ask"):
+        box = page.get_by_role("button", name=name, exact=True).bounding_box()
+        assert box["height"] >= 44  # what a thumb hits
+        assert box["x"] >= 0 and box["x"] + box["width"] <= 360
+        assert box["y"] + box["height"] <= 640
+    page.screenshot(path=SCREENSHOTS / "page-phone.png")
+
+
+def test_a_token_is_asked_for_and_errors_are_shown(site: Site, open_page: Any) -> None:
+    site.service.adopt(Policy(limits=Limits(max_prompt_tokens=70), tokens={"me": hash_token("secret")}))
+    page = open_page(site)
+    page.get_by_label("Token").fill("secret")
+    page.get_by_role("button", name="Use").click()
+    expect(page.locator("#model")).to_have_text("tiny")
+    expect(page.get_by_label("Token")).to_be_hidden()
+    page.locator("#question").fill("many words " * 60)
+    page.locator("#question").press("Enter")
+    expect(page.get_by_role("alert")).to_contain_text("at most 70")
+    page.locator("#question").fill("Hi")
+    page.locator("#question").press("Enter")
+    wait_for_answers(page, 1)
+    site.service.adopt(site.policy)
