@@ -1,7 +1,7 @@
 """The embedded query module (EmbQ): query tokens fetch from the image what the question asks for (paper, section 3.3).
 
-Shapes: N images, P patches of an image (all its tiles), S positions of a row, B rows, C query slots of an image (the
-most that any image has), H heads, D widths.
+Shapes: N images, P patches of an image (all its tiles), S positions of a row, B rows, R of them with images (as many as
+images, unless rows are packed), C query slots of an image and E of a row (the most that any has), H heads, D widths.
 """
 
 from __future__ import annotations
@@ -23,13 +23,17 @@ class QueryPlan:
     """
 
     rows: torch.Tensor
-    """int64[N]: the row that image n stands in."""
+    """int64[R]: the rows that hold an image."""
     positions: torch.Tensor
     """int64[M]: place of each query token in the flattened batch, row * S + s. Only queries that have an image."""
-    slots: torch.Tensor
-    """int64[M]: its place in the flattened table of slots, n * C + c."""
+    row_slots: torch.Tensor
+    """int64[M]: its place in the flattened table of slots by row, r * E + e."""
     visible: torch.Tensor
-    """bool[N, 1, C, S]: the question tokens that a slot may look at. Unused slots see all, so that no row is empty."""
+    """bool[R, 1, E, S]: the question tokens that a slot may look at. Unused slots see all, so that no row is empty."""
+    image_slots: torch.Tensor
+    """int64[M]: its place in the flattened table of slots by image, n * C + c."""
+    slots_per_image: int
+    """C."""
 
     @classmethod
     def build(
@@ -63,10 +67,9 @@ class QueryPlan:
         if sample_ids is not None and len(starts):
             owned &= sample_ids.flatten()[starts[nearest]] == sample_ids.flatten()[positions]
         positions, image = positions[owned], image[owned]
-        per_image = torch.bincount(image, minlength=len(starts))
-        capacity = int(per_image.max()) if len(starts) else 0
-        first = per_image.cumsum(0) - per_image
-        slots = image * capacity + torch.arange(len(positions), device=positions.device) - first[image]
+        holders, holder_of = torch.unique_consecutive(rows, return_inverse=True)
+        image_slots, slots_per_image = _numbered(image, len(starts))
+        row_slots, slots_per_row = _numbered(holder_of[image], len(holders))
 
         turn = question_ids.flatten()[positions]
         asked = question_ids.masked_fill(query_mask, 0)[rows[image]]
@@ -80,16 +83,25 @@ class QueryPlan:
                 f"row {at // length}, turn {int(turn[silent[0, 0]])}: its query tokens have 0 question tokens to read, "
                 "at least 1 is needed; mark the question in question_ids"
             )
-        table = torch.ones(len(starts) * capacity, length, dtype=torch.bool, device=positions.device)
-        table[slots] = visible
-        return cls(rows, positions, slots, table.view(len(starts), 1, capacity, length))
+        table = torch.ones(len(holders) * slots_per_row, length, dtype=torch.bool, device=positions.device)
+        table[row_slots] = visible
+        table = table.view(len(holders), 1, slots_per_row, length)
+        return cls(holders, positions, row_slots, table, image_slots, slots_per_image)
 
     @classmethod
     def idle(cls, length: int, num_query_tokens: int, device: torch.device) -> QueryPlan:
         """A plan for one image that no query looks at: the module runs and changes nothing."""
         none = torch.zeros(0, dtype=torch.long, device=device)
         visible = torch.ones(1, 1, num_query_tokens, length, dtype=torch.bool, device=device)
-        return cls(torch.zeros(1, dtype=torch.long, device=device), none, none, visible)
+        return cls(torch.zeros(1, dtype=torch.long, device=device), none, none, visible, none, num_query_tokens)
+
+
+def _numbered(owner: torch.Tensor, num_owners: int) -> tuple[torch.Tensor, int]:
+    """A slot for each query at its owner, int64[M] and rising: slots int64[M] of the flattened table, and its width."""
+    counts = torch.bincount(owner, minlength=num_owners)
+    width = max(1, int(counts.max())) if num_owners else 0  # an image that nobody asks has a slot too: no empty shapes
+    first = counts.cumsum(0) - counts
+    return owner * width + torch.arange(len(owner), device=owner.device) - first[owner], width
 
 
 class QueryAttention(nn.Module):
@@ -134,16 +146,19 @@ class EmbeddedQuery(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, patches: torch.Tensor, plan: QueryPlan) -> torch.Tensor:
         """Update the query tokens in `hidden_states` float[B, S, D] from `patches` float[N, P, V]; the rest stays."""
-        num_images, _, capacity, length = plan.visible.shape
+        num_rows, _, slots_per_row, length = plan.visible.shape
         text = self.down_text(hidden_states[plan.rows])
-        query = text.new_zeros(num_images * capacity, text.shape[-1])
+        query = text.new_zeros(num_rows * slots_per_row, text.shape[-1])
         # The queries are tokens of the same rows: what down_text made of them is picked, not computed again.
-        image = plan.slots // capacity
-        query = query.index_copy(0, plan.slots, text[image, plan.positions % length])
-        query = self.norm_query(query).view(num_images, capacity, -1)
+        query = query.index_copy(0, plan.row_slots, text[plan.row_slots // slots_per_row, plan.positions % length])
+        query = self.norm_query(query).view(num_rows, slots_per_row, -1)
         text = self.norm_text(text)
-        question = self.text_attention(query, text, text, plan.visible)
+        question = self.text_attention(query, text, text, plan.visible).flatten(0, 1)
+
+        asked = question.new_zeros(len(patches) * plan.slots_per_image, question.shape[-1])
+        asked = asked.index_copy(0, plan.image_slots, question[plan.row_slots])
+        asked = asked.view(len(patches), plan.slots_per_image, question.shape[-1])
         keys = self.norm_image(self.down_image(patches))
-        found = self.up(self.image_attention(question, keys, patches)).flatten(0, 1)
-        flat = hidden_states.flatten(0, 1).index_add(0, plan.positions, found[plan.slots].to(hidden_states.dtype))
+        found = self.up(self.image_attention(asked, keys, patches)).flatten(0, 1)[plan.image_slots]
+        flat = hidden_states.flatten(0, 1).index_add(0, plan.positions, found.to(hidden_states.dtype))
         return flat.view_as(hidden_states)

@@ -39,13 +39,14 @@ def loop_queries(
 ) -> torch.Tensor:
     """Row after row and turn after turn, with keys and values of the image computed for every turn."""
     result = hidden_states.clone()
-    capacity, length = plan.visible.shape[2:]
-    turns = zip(plan.positions.view(-1, per_turn), plan.slots.view(-1, per_turn), strict=True)
-    for positions, slots in turns:
-        image, slot = int(slots[0]) // capacity, int(slots[0]) % capacity
+    slots_per_row, length = plan.visible.shape[2:]
+    split = (each.view(-1, per_turn) for each in (plan.positions, plan.row_slots, plan.image_slots))
+    for positions, row_slots, image_slots in zip(*split, strict=True):
+        image = int(image_slots[0]) // plan.slots_per_image
         row, queries = int(positions[0]) // length, positions % length
+        asked = plan.visible[int(row_slots[0]) // slots_per_row, 0, int(row_slots[0]) % slots_per_row]
         query = module.norm_query(module.down_text(hidden_states[row, queries]))
-        text = module.norm_text(module.down_text(hidden_states[row, plan.visible[image, 0, slot]]))
+        text = module.norm_text(module.down_text(hidden_states[row, asked]))
         keys = module.norm_image(module.down_image(patches[image]))
         question = _attend(module.text_attention, query, text, text)
         found = module.up(_attend(module.image_attention, question, keys, patches[image]))

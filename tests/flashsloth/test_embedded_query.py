@@ -108,6 +108,26 @@ def test_a_turn_without_question_is_refused_by_row_and_turn(config: FlashSlothCo
         QueryPlan.build(question_ids, input_ids == QUERY, input_ids == IMAGE, config.num_image_tokens)
 
 
+def test_an_image_that_no_turn_asks_for_changes_nothing(config: FlashSlothConfig, module: EmbeddedQuery) -> None:
+    input_ids, question_ids = layout([[("image", 45, 0), ("text", 4, 0)]])
+    plan = QueryPlan.build(question_ids, input_ids == QUERY, input_ids == IMAGE, config.num_image_tokens)
+    hidden_states = torch.randn(1, 49, config.text_config.hidden_size)
+    patches = torch.randn(1, 5 * config.num_patches, config.vision_config.hidden_size)
+    assert torch.equal(module(hidden_states, patches, plan), hidden_states)
+
+
+def test_a_packed_row_is_read_once_for_all_its_images(config: FlashSlothConfig, module: EmbeddedQuery) -> None:
+    sample = [("image", 45, 0), ("question", 4, 1), ("query", 3, 1)]
+    input_ids, question_ids = layout([sample * 3, [("text", 9, 0)]])
+    sample_ids = torch.arange(3).repeat_interleave(52).expand(2, -1)
+    plan = QueryPlan.build(question_ids, input_ids == QUERY, input_ids == IMAGE, config.num_image_tokens, sample_ids)
+    seen: list[int] = []
+    module.down_text.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[0]))
+    patches = torch.randn(3, 5 * config.num_patches, config.vision_config.hidden_size)
+    module(torch.randn(2, 156, config.text_config.hidden_size), patches, plan)
+    assert seen == [1], "one row holds three images, the other none"
+
+
 def test_the_idle_plan_changes_nothing_and_reaches_every_parameter(
     config: FlashSlothConfig, module: EmbeddedQuery
 ) -> None:
