@@ -1,0 +1,202 @@
+"""jobs/annotate.py on Ray: actors, a node and drivers are killed, a service answers, and the output is prepared."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import ray
+import ray.cluster_utils
+
+from jobs.annotate import main
+from jobs.prepare import main as prepare
+from pipelines import storage
+from pipelines.annotation.ledger import AnnotationManifest
+from pipelines.annotation.settings import AnnotateSettings
+from pipelines.annotation.verify import verify
+from pipelines.settings import dump_settings, load_settings
+from pipelines.shards import ShardedDataset
+from tests.annotation import annotate_here, annotate_settings, rows_of
+from tests.corpus import row, write_corpus, write_processor
+from tests.jobs.test_prepare_kills import Blocked, two_nodes, wait
+from tests.preparation import prepare_settings
+
+__all__ = ["two_nodes"]  # a fixture
+
+REPOSITORY = Path(__file__).parents[2]
+NUM_ROWS = 24
+KEYS = [f"corpus:{number}" for number in range(NUM_ROWS)]
+_DRIVER = """
+import sys
+from jobs.annotate import main
+from tests.kills import Kill, kill_at
+recipe, *kill = sys.argv[1:]
+if kill:
+    kill_at(Kill(*kill))
+sys.exit(main(["--config", recipe]))
+"""
+
+
+@pytest.fixture
+def corpus(tmp_path: Path, tiny_checkpoint: Path) -> Path:
+    """Six chunks of four rows, and the checkpoint."""
+    write_corpus(tmp_path, [row(number) for number in range(NUM_ROWS)])
+    (tmp_path / "model").symlink_to(tiny_checkpoint)
+    return tmp_path
+
+
+def start(settings: AnnotateSettings, folder: Path, address: str, *kill: str) -> subprocess.Popen[str]:
+    """A driver of its own that joins the cluster at `address`."""
+    (folder / "recipe.yaml").write_text(dump_settings(settings))
+    env = {**os.environ, "RAY_ADDRESS": address}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    command = [sys.executable, "-c", _DRIVER, str(folder / "recipe.yaml"), *kill]
+    return subprocess.Popen(command, cwd=REPOSITORY, env=env, **pipes)
+
+
+def num_parts(output: str) -> int:
+    return sum(name.endswith(".parquet") for name in storage.list_names(f"{output}/parts/corpus"))
+
+
+def check_one_row_each(output: str) -> None:
+    rows = rows_of(output)
+    assert [each["key"] for each in rows] == KEYS
+    assert all(each["error"] is None and each["answer"] for each in rows)
+    assert verify(output) == []
+
+
+def workers(raylet: psutil.Process) -> list[psutil.Process]:
+    """The processes of the pool's actors: Ray says so in their title."""
+    found = []
+    for process in raylet.children(recursive=True):
+        try:
+            if process.cmdline()[:1] and "MapWorker" in process.cmdline()[0]:
+                found.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def test_recipe_of_the_repository_is_valid() -> None:
+    settings = load_settings(AnnotateSettings, ["--config", str(REPOSITORY / "jobs" / "recipes" / "caption.yaml")])
+    assert settings.sources[0].format == "images"
+
+
+def test_mistakes_are_named_in_one_line(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = corpus / "recipe.yaml"
+    recipe.write_text(dump_settings(annotate_settings(corpus, checkpoint=str(corpus / "nowhere"))))
+    assert main(["--config", str(recipe)]) == 1
+    assert capsys.readouterr().err == (
+        f"error: {corpus}/nowhere: no such folder; name the folder that training exported\n"
+    )
+    recipe.write_text(dump_settings(annotate_settings(corpus, sources=[{"path": str(corpus / "none.jsonl")}])))
+    assert main(["--config", str(recipe)]) == 1
+    assert capsys.readouterr().err == f"error: source 'none': {corpus}/none.jsonl cannot be read (FileNotFoundError)\n"
+    assert main(["verify", str(corpus)]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {corpus}: no manifest.json here: this is no annotation")
+    assert not (corpus / "out").exists()
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_session")
+def test_captions_of_a_model_are_prepared_for_its_next_training(
+    corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The loop: annotate, prepare what came out; run again, nothing is done."""
+    recipe = corpus / "annotate.yaml"
+    recipe.write_text(dump_settings(annotate_settings(corpus, prompt="Describe it: {question}")))
+    assert main(["--config", str(recipe), "--dry-run"]) == 0
+    assert "24 rows in 6 chunks, answers as parquet\n" in capsys.readouterr().out
+    assert not (corpus / "out").exists()
+    assert main(["--config", str(recipe)]) == 0
+    out = capsys.readouterr().out
+    assert f"{corpus}/out/parts: 24 rows in 6 parts, " in out
+    assert "24 of 24 rows (100.0%), " in out and " tokens/s, 0 without an answer\n" in out
+    check_one_row_each(str(corpus / "out"))
+    assert main(["verify", str(corpus / "out")]) == 0
+    assert "one row for every input" in capsys.readouterr().out
+    assert main(["--config", str(recipe)]) == 0
+    assert "already annotated (24 rows); nothing to do\n" in capsys.readouterr().out
+
+    write_processor(corpus)
+    source = {"path": f"{corpus}/out/parts/corpus/*.parquet", "format": "parquet", "name": "captions"}
+    source["image_root"] = str(corpus)
+    (corpus / "prepare.yaml").write_text(
+        dump_settings(prepare_settings(corpus, sources=[source], output=str(corpus / "shards")))
+    )
+    assert prepare(["--config", str(corpus / "prepare.yaml")]) == 0
+    dataset = ShardedDataset(str(corpus / "shards"))
+    assert len(dataset) == NUM_ROWS
+    answers = {each["key"]: each["answer"] for each in rows_of(str(corpus / "out"))}
+    for index in range(NUM_ROWS):
+        sample = dataset.read(index)
+        assert sample["messages"][-1] == {"role": "assistant", "content": answers[KEYS[index]]}
+        assert ("pixel_values" in sample) == (index % 4 != 3)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_session")
+def test_killed_actor_and_killed_drivers_cost_no_row_and_double_none(corpus: Path) -> None:
+    """An actor dies amid a chunk, then its driver; two more drivers run at once, and one of them dies."""
+    settings = annotate_settings(corpus, workers={"min_workers": 1, "max_workers": 2})
+    address = ray.get_runtime_context().gcs_address
+    image = Blocked(corpus / "images" / "13.jpg", 13)
+    driver = start(settings, corpus, address)
+    try:
+        wait(lambda: num_parts(settings.output) >= 2, "the chunks before the image that waits", 180)
+        [actor, *_] = wait(lambda: workers(psutil.Process()), "an actor")
+        actor.kill()
+        wait(lambda: [each for each in workers(psutil.Process()) if each.pid != actor.pid], "another actor", 180)
+    finally:
+        driver.kill()
+        driver.wait()
+    image.release()
+    assert not storage.exists(f"{settings.output}/manifest.json")
+    kept = {path: path.stat().st_mtime_ns for path in Path(settings.output, "parts", "corpus").glob("*.parquet")}
+    assert 2 <= len(kept) < 6
+
+    drivers = [start(settings, corpus, address, r"receipts/", "after"), start(settings, corpus, address)]
+    outs = [each.communicate(timeout=240)[0] for each in drivers]
+    assert drivers[0].returncode in (-signal.SIGKILL, 0), outs[0]  # 0: the other one has done everything
+    assert drivers[1].returncode == 0, outs[1]
+    check_one_row_each(settings.output)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept  # their rows were not asked again
+
+
+@pytest.mark.ray
+def test_killed_node_costs_no_row_and_doubles_none(corpus: Path, two_nodes: ray.cluster_utils.Cluster) -> None:
+    settings = annotate_settings(corpus)
+    image = Blocked(corpus / "images" / "13.jpg", 13)
+    [node] = two_nodes.worker_nodes
+    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+    driver = start(settings, corpus, two_nodes.address)
+    try:
+        wait(lambda: num_parts(settings.output) >= 2 and workers(raylet), "an actor that waits for the image", 180)
+        actors = workers(raylet)
+        image.release()
+        raylet.kill()
+        for actor in actors:  # it ends by itself where its raylet is lost, but not while it waits for a pipe
+            actor.kill()
+        two_nodes.add_node(num_cpus=2, object_store_memory=100 * 2**20)
+        out, _ = driver.communicate(timeout=240)
+    finally:
+        driver.kill()
+    assert driver.returncode == 0, out
+    check_one_row_each(settings.output)
+
+
+def test_parts_are_plain_parquet(corpus: Path) -> None:
+    """Columns that any reader understands: no pickled objects, no extension types."""
+    manifest: AnnotationManifest = annotate_here(annotate_settings(corpus))
+    schema = pq.read_schema(corpus / "out" / manifest.parts[0].name)
+    assert schema.names == [
+        *("key", "id", "source", "answer", "finish_reason", "prompt_tokens", "answer_tokens", "model", "error"),
+        *("messages", "image"),
+    ]
+    assert not [field for field in schema if "extension" in str(field.type)]
