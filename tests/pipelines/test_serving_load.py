@@ -1,0 +1,139 @@
+"""Floods and long runs: some are turned away, none is forgotten, and nothing grows."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import numpy as np
+import pytest
+
+from pipelines.serving.engine import EngineSettings
+from pipelines.serving.settings import Limits, ServeArgs
+from tests.serving import Load, replica_processes, request_body, running_service, total, until
+
+pytestmark = pytest.mark.ray
+
+SLOTS, WAITING = 4, 4
+FLOOD_S = 30
+PATIENCE_S = 60
+MOST_GROWTH = 40 * 2**20  # bytes a process may grow by under load: allocator's slack, far below one leaked image each
+
+
+@pytest.fixture(scope="module")
+def address(ray_session: None, tiny_checkpoint: Path) -> Iterator[str]:
+    """A service that answers 4 requests at once and lets 4 more wait."""
+    args = ServeArgs(
+        checkpoint=str(tiny_checkpoint),
+        model_name="tiny",
+        device="cpu",
+        engine=EngineSettings(max_slots=SLOTS, max_waiting=WAITING, image_cache_bytes=2**20),
+        limits=Limits(max_open_requests=2 * (SLOTS + WAITING), deadline_s=60),
+    )
+    with running_service(args) as address:
+        yield address
+
+
+class Footprint:
+    """What the service's processes hold."""
+
+    def __init__(self) -> None:
+        processes = {process.pid: process for name in ("Engine", "Ingress") for process in replica_processes(name)}
+        self.memory = {pid: process.memory_info().rss for pid, process in processes.items()}
+        self.files = {pid: process.num_fds() for pid, process in processes.items()}
+        self.threads = {pid: process.num_threads() for pid, process in processes.items()}
+
+
+def small(source: random.Random) -> dict[str, Any]:
+    return request_body(source.randrange(1000), 16)
+
+
+def mixed(source: random.Random) -> dict[str, Any]:
+    """What applications send: short and long, streams, and now and then something wrong."""
+    body = request_body(source.randrange(1000), source.choice((4, 16, 64, 128)), stream=source.random() < 0.5)
+    if source.random() < 0.1:
+        body["max_tokens"] = 10**6
+    return body
+
+
+async def warm_up(address: str, pick: Any, seconds: float) -> None:
+    load = Load(address)
+    async with load.running(SLOTS + WAITING, pick):
+        await asyncio.sleep(seconds)  # not a wait for something: this is how long the load lasts
+
+
+async def is_idle(address: str) -> bool:
+    names = ("engine_slots_used", "engine_queue", "open_requests")
+    return sum([await total(address, name) for name in names]) == 0
+
+
+def check_growth(before: Footprint, after: Footprint) -> None:
+    assert before.memory.keys() == after.memory.keys(), "a replica was replaced"
+    for pid, memory in before.memory.items():
+        assert after.memory[pid] - memory < MOST_GROWTH
+        assert after.files[pid] <= before.files[pid] + 8  # connections that are kept open for reuse
+        assert after.threads[pid] <= before.threads[pid] + 8
+
+
+def test_a_flood_is_turned_away_and_leaves_no_trace(address: str) -> None:
+    """20 times as many clients as there are slots and places to wait, for half a minute."""
+
+    async def check() -> None:
+        alone = Load(address)
+        async with aiohttp.ClientSession() as session:
+            for seed in range(5):
+                await alone.ask(session, request_body(seed, 16))
+        await warm_up(address, small, 3)
+        before = Footprint()
+        load = Load(address)
+        async with load.running(20 * (SLOTS + WAITING), small):
+            await asyncio.sleep(FLOOD_S)
+        assert set(load.outcomes) == {"200", "429"}, load.outcomes
+        assert load.missing_retry_after == 0
+        # Whoever is let in waits for at most its place in the queue, not for the flood.
+        assert np.quantile(load.seconds, 0.99) < 5, np.quantile(load.seconds, [0.5, 0.9, 0.99])
+        start = time.monotonic()
+        async with aiohttp.ClientSession() as session:
+            assert await load.ask(session, request_body(1, 16)) == "200"
+        assert time.monotonic() - start < 2
+        await until(lambda: is_idle(address), PATIENCE_S, "an idle service")
+        check_growth(before, Footprint())
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize(
+    "seconds",
+    [
+        pytest.param(40, id="short"),
+        pytest.param(1800, id="long", marks=[pytest.mark.slow, pytest.mark.timeout(2400)]),
+    ],
+)
+def test_mixed_load_leaks_neither_memory_nor_slots_nor_files(
+    request: pytest.FixtureRequest, address: str, seconds: float
+) -> None:
+    if seconds > 60 and "slow" not in request.config.getoption("markexpr"):
+        pytest.skip("half an hour: run it by pytest -m slow")
+
+    async def check() -> None:
+        await warm_up(address, mixed, 10)
+        before = Footprint()
+        load = Load(address)
+        start = time.monotonic()
+        async with load.running(SLOTS + WAITING, mixed, leavers=0.1):
+            await asyncio.sleep(seconds)
+        elapsed = time.monotonic() - start
+        assert set(load.outcomes) <= {"200", "422", "429", "left"}, load.outcomes
+        assert min(load.outcomes[outcome] for outcome in ("200", "422", "left")) > 5, load.outcomes
+        await until(lambda: is_idle(address), PATIENCE_S, "every slot free")
+        after = Footprint()
+        growth = {pid: (after.memory[pid] - memory) / 2**20 for pid, memory in before.memory.items()}
+        print(f"{elapsed:.0f} s: {dict(load.outcomes)}, growth in MiB {growth}")
+        check_growth(before, after)
+
+    asyncio.run(check())
