@@ -12,12 +12,15 @@ from safetensors.torch import load_file
 
 from flashsloth.image_processing_flashsloth import (
     IMAGE_FORMATS,
+    WITH_GIF,
     FlashSlothImageProcessor,
     ImageError,
     decode_image,
     normalize_pixels,
     to_rgb,
 )
+from tests.memory import peak_growth
+from tests.oversize import oversize
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 GOLDEN_IMAGES = ["image0_384x384", "image1_640x427", "image2_200x500"]
@@ -152,6 +155,26 @@ def test_large_pictures_are_refused_from_their_header_without_a_warning(size):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert reason(encoded(Image.new("1", size))) == "image_too_large"
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "JPEG", "BMP", "TIFF", "GIF"])
+def test_a_header_of_60000_pixels_a_side_is_refused_in_every_format(image_format):
+    assert reason(oversize(image_format, 60_000, 60_000), formats=WITH_GIF) == "image_too_large"
+
+
+def test_refusing_from_the_header_takes_no_memory():
+    large = encoded(Image.new("1", (12_000, 12_000)))  # 144 megapixels in 18 kilobytes
+    hostile = [
+        large,
+        oversize("PNG", 60_000, 60_000),
+        oversize("JPEG", 60_000, 60_000),
+        oversize("BMP", 50_000, 50_000),
+    ]
+    hostile += [encoded(Image.new("L", size)) for size in ((20_000, 1), (1, 1))]
+    for data in hostile:
+        assert peak_growth(lambda data=data: reason(data)) < 2**20
+    # What is decoded goes far over the bound, so the bound can fail.
+    assert peak_growth(lambda: decode_image(large, max_pixels=12_000**2)) > 144_000_000
 
 
 def test_the_pixel_limit_names_both_numbers():
