@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 
 import numpy as np
@@ -10,8 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipelines import storage
 from pipelines.feed import BatchLoader, BudgetError, Feed, Mixture, Position, PreparedRows, TokenBudget, deal
 from pipelines.feed.sharing import padding_share
+from pipelines.shards import ShardError
 from tests.prepared import coloured_rows, write_prepared
 
 
@@ -62,6 +65,24 @@ def test_the_union_over_ranks_is_the_epoch_whatever_the_world_and_the_interrupti
     assert sorted(seen) == (mixture.rows(0, feed.seed).tolist() if mixture else list(range(num_rows)))
     assert position.samples_seen == len(seen) == feed.rows_per_epoch
     assert batches == [sorted(rows.tolist()) for rows in make_feed(num_rows, global_batch, mixture=mixture).epoch(0)]
+
+
+def test_every_point_of_a_grid_gives_the_same_batches_and_the_whole_epoch():
+    """Rows x world sizes x micro-batches x interruptions, all of them; the test above draws odder ones."""
+    micros = [1, 4, TokenBudget(900), TokenBudget(1000, images=2), TokenBudget(1600, line=800)]
+    for num_rows, global_batch in itertools.product((1, 7, 24, 61), (4, 16)):
+        expected = [sorted(rows.tolist()) for rows in make_feed(num_rows, global_batch).epoch(0)]
+        for world, micro, pause in itertools.product((1, 2, 3, 4, 8), micros, (1, 3, 100)):
+            position, batches = Position(), []
+            while len(batches) < len(expected):
+                feed = make_feed(num_rows, global_batch)  # each attempt starts from the position alone
+                for batch in feed.walk(position, min(pause, len(expected) - len(batches))):
+                    steps = deal(batch.rows, world, micro, feed.num_tokens, feed.has_image)
+                    assert all(len(step) == world for step in steps)
+                    batches.append(sorted(int(r) for step in steps for share in step for line in share for r in line))
+                    position = batch.after
+            assert batches == expected
+            assert sorted(itertools.chain(*batches)) == list(range(num_rows))
 
 
 def check_share(share: list[np.ndarray], micro: int | TokenBudget, feed: Feed) -> None:
@@ -241,6 +262,24 @@ def test_the_loader_keeps_the_order_and_decodes_stored_images(rows, processor):
         == int(rows.num_loss_tokens.sum())
         == sum({id(m.batch): m.batch.num_loss_tokens for m in micro_batches}.values())
     )
+
+
+@pytest.mark.s3
+def test_a_store_read_by_ranges_gives_the_same_batches_as_the_disk_and_names_a_damaged_row(tmp_path, processor, s3_uri):
+    conversations = coloured_rows(13, text_only_every=4)
+    local = PreparedRows([write_prepared(tmp_path / "data", conversations, processor)])
+    remote = PreparedRows([write_prepared(s3_uri, conversations, processor)], cache_bytes=0)
+    here, _ = load(local, processor, world=2, rank=1)
+    there, _ = load(remote, processor, world=2, rank=1, threads=6)
+    for left, right in zip(here, there, strict=True):
+        assert all(torch.equal(left.inputs[name], right.inputs[name]) for name in left.inputs)
+    shard = remote.datasets[0].manifest.shards[0]
+    uri = f"{s3_uri}/{shard.name}"
+    data = bytearray(storage.read_bytes(uri))
+    data[shard.row_offsets[3] - 100] ^= 1
+    storage.write_bytes(uri, bytes(data))
+    with pytest.raises(ShardError, match=f"{shard.name}: row 2: expected .* bytes with"):
+        load(remote, processor, world=1, rank=0, threads=6)
 
 
 def test_threads_change_nothing(rows, processor):
