@@ -16,7 +16,7 @@ To add a format:
 from collections.abc import Iterator
 from typing import Protocol
 
-from pipelines.corpora import images, llava, messages, parquet, sharegpt, webdataset
+from pipelines.corpora import images, llava, messages, parquet, questions, sharegpt, webdataset
 from pipelines.corpora.spans import Extent, Span
 from pipelines.records import Row
 
@@ -35,6 +35,7 @@ FORMATS: dict[str, Format] = {
     "llava": llava,
     "sharegpt": sharegpt,
     "messages": messages,
+    "questions": questions,
     "parquet": parquet,
     "webdataset": webdataset,
     "images": images,

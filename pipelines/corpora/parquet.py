@@ -1,8 +1,9 @@
 """Parquet as the Hugging Face hub keeps datasets: a row's image is a struct `{bytes, path}`, its text a list of turns.
 
 Columns: `image` or `images` (structs, bytes or paths; a row may have one image), `conversations` (ShareGPT's or LLaVA's
-turns) or `messages` (chat messages), and `id`, `question_types` where there are such. Where the struct has no bytes,
-its path is one below the image root. The others are not read.
+turns) or `messages` (chat messages), or where there are neither `question` and maybe `answer`, and `id`,
+`question_types` where there are such. Where the struct has no bytes, its path is one below the image root. The others
+are not read.
 
 A row can be had only by decoding its row group from the beginning. So a chunk costs least where row groups are not much
 larger than it: the hub's have 100 rows where there are images, 1000 otherwise.
@@ -10,7 +11,7 @@ larger than it: the hub's have 100 rows where there are images, 1000 otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate, pairwise
 from typing import Any
@@ -19,11 +20,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines import storage
-from pipelines.corpora import messages, sharegpt
+from pipelines.corpora import messages, questions, sharegpt
 from pipelines.corpora.spans import Extent, Span
 from pipelines.records import FileFormatError, Record, Row, RowError
 
-_COLUMNS = ("id", "image", "images", "conversations", "messages", "system", "question_types")
+_TEXTS: dict[str, Callable[[Any], Record]] = {
+    "conversations": sharegpt.record,
+    "messages": messages.record,
+    "question": questions.record,
+}
+_COLUMNS = ("id", "image", "images", *_TEXTS, "answer", "system", "question_types")
 _BATCH_ROWS = 32  # with their images
 
 
@@ -60,9 +66,10 @@ def _open(file: Any, path: str) -> pq.ParquetFile:
         # Buffered: columns of images are read page by page, not whole row groups at a time.
         table = pq.ParquetFile(file, buffer_size=2**20)
     names = set(table.schema_arrow.names)
-    if len(names & {"conversations", "messages"}) != 1:
+    if not names & _TEXTS.keys() or names >= {"conversations", "messages"}:
         raise FileFormatError(
-            f"{path}: has the columns {', '.join(sorted(names))}; one of conversations and messages must be there"
+            f"{path}: has the columns {', '.join(sorted(names))}; one of conversations, messages and question must be "
+            "there"
         )
     return table
 
@@ -83,7 +90,7 @@ def _content(batch: pa.RecordBatch, row: int) -> Record | RowError:
         for field in ("image", "images"):
             held = value.get(field)
             value[field] = [_image(each) for each in held] if isinstance(held, list) else _image(held)
-        return messages.record(value) if "messages" in value else sharegpt.record(value)
+        return next(record for field, record in _TEXTS.items() if field in value)(value)
     except UnicodeDecodeError as error:
         return RowError("row_malformed", f"not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}")
     except RowError as error:

@@ -23,7 +23,8 @@ class SourceSettings(Section):
     """A corpus file: a local path or a URI such as s3://bucket/blip_laion_cc_sbu_558k.json, gs://... or hf://...; with
     * or ? in it, all files that it matches, in the order of their names (hf://datasets/USER/NAME/data/*.parquet)."""
     format: str = "llava"
-    """How its rows are written: llava, sharegpt, messages, parquet, webdataset or images; see pipelines/corpora."""
+    """How its rows are written: llava, sharegpt, messages, questions, parquet, webdataset or images; see
+    pipelines/corpora."""
     image_root: str | None = None
     """Folder or URI below which the rows' image paths lie; not needed where the corpus holds the images itself."""
     limit: int | None = Field(default=None, gt=0)
