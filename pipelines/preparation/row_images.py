@@ -16,7 +16,8 @@ from pipelines.records import Row, RowError
 
 # Images of a chunk are fetched ahead of the one that is asked for: an object store answers in tens of milliseconds.
 _FETCH_THREADS = 16
-_FETCHED_AHEAD = 64
+_ROWS_AT_ONCE = 4  # of a thread: to hand a row over costs as much as to read a file
+_FETCHED_AHEAD = 64 // _ROWS_AT_ONCE
 _SCHEME = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]*:/")
 
 Made = TypeVar("Made")
@@ -57,17 +58,18 @@ def with_images(
             return make(row, error)
         return make(row, image)
 
+    def do_all(some: Sequence[Row]) -> list[tuple[Row, Made]]:
+        return [(row, do(row)) for row in some]
+
     with ThreadPoolExecutor(_FETCH_THREADS) as threads:
-        waiting: deque[tuple[Row, Future[Made]]] = deque()
+        waiting: deque[Future[list[tuple[Row, Made]]]] = deque()
         try:
-            for row in rows:
-                waiting.append((row, threads.submit(do, row)))
+            for start in range(0, len(rows), _ROWS_AT_ONCE):
+                waiting.append(threads.submit(do_all, rows[start : start + _ROWS_AT_ONCE]))
                 if len(waiting) >= _FETCHED_AHEAD:
-                    first, made = waiting.popleft()
-                    yield first, made.result()
+                    yield from waiting.popleft().result()
             while waiting:
-                first, made = waiting.popleft()
-                yield first, made.result()
+                yield from waiting.popleft().result()
         finally:
             threads.shutdown(wait=False, cancel_futures=True)
 
