@@ -1,0 +1,192 @@
+"""An annotation that asks a running service: what is sent, what refusals become; the answers are the engine's."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.annotate import annotate
+from pipelines.annotation.endpoint import EndpointError, served_model
+from pipelines.annotation.settings import EndpointSettings
+from pipelines.annotation.verify import verify
+from pipelines.serving.settings import ServeArgs
+from tests.annotation import annotate_here, annotate_settings, rows_of
+from tests.corpus import encoded, picture, row, write_corpus
+from tests.serving import running_service
+
+NUM_ROWS = 10
+
+
+class Service(ThreadingHTTPServer):
+    """Answers as `reply(number of the request, body)` says: a status and a JSON value."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
+        self.asked: list[dict[str, Any]] = []
+        self.tokens: set[str | None] = set()
+        self.models = ["tiny"]
+        self.reply: Callable[[int, dict[str, Any]], tuple[int, Any]] = lambda number, body: (200, completion("Yes."))
+        self.lock = threading.Lock()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Service
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self._answer(200, {"object": "list", "data": [{"id": name, "object": "model"} for name in self.server.models]})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            number = len(self.server.asked)
+            self.server.asked.append(body)
+            self.server.tokens.add(self.headers.get("Authorization"))
+        self._answer(*self.server.reply(number, body))
+
+    def _answer(self, status: int, value: Any) -> None:
+        data = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        if status == 429:
+            self.send_header("Retry-After", "0")
+        self.end_headers()
+        self.wfile.write(data)
+
+
+def completion(text: str | None, reason: str = "stop") -> dict[str, Any]:
+    message = {"role": "assistant", "content": text}
+    return {
+        "id": "1",
+        "object": "chat.completion",
+        "created": 0,
+        "model": "tiny",
+        "choices": [{"index": 0, "message": message, "finish_reason": reason}],
+        "usage": {"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9},
+    }
+
+
+def refusal(message: str, code: str) -> dict[str, Any]:
+    return {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": code}}
+
+
+@pytest.fixture
+def service() -> Iterator[Service]:
+    service = Service()
+    thread = threading.Thread(target=service.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    yield service
+    service.shutdown()
+    service.server_close()
+    thread.join(10)
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    write_corpus(tmp_path, NUM_ROWS)
+    return tmp_path
+
+
+def settings(corpus: Path, url: str, **change: Any) -> Any:
+    endpoint = {"url": url, "concurrency": 3, "max_retries": 2, "timeout_s": 30}
+    return annotate_settings(corpus, checkpoint=None, endpoint=endpoint, **change)
+
+
+def test_what_is_sent_and_what_is_kept(corpus: Path, service: Service) -> None:
+    picture(1).save(corpus / "images" / "1.jpg", "BMP")  # a format that not every service takes
+    asked = settings(corpus, service.url, temperature=0.5, stop=["END"], prompt="Why? {question}")
+    manifest = annotate_here(asked)
+    assert (manifest.rows, manifest.errors, manifest.model) == (NUM_ROWS, {}, "endpoint:tiny")
+    rows = rows_of(asked.output)
+    assert {(each["answer"], each["finish_reason"], each["prompt_tokens"], each["answer_tokens"]) for each in rows} == {
+        ("Yes.", "stop", 7, 2)
+    }
+    assert service.tokens == {"Bearer token"}
+    assert len({body["seed"] for body in service.asked}) == NUM_ROWS
+    sent: list[str] = []
+    for body in service.asked:
+        assert (body["model"], body["max_tokens"], body["temperature"], body["stop"]) == ("tiny", 6, 0.5, ["END"])
+        [message] = body["messages"]
+        if isinstance(message["content"], str):
+            assert message["content"] == "Why? How many?"
+            continue
+        image, text = message["content"]
+        assert text == {"type": "text", "text": "Why? How many?"}
+        sent.append(image["image_url"]["url"])
+    assert sorted(uri.partition(";")[0] for uri in sent) == ["data:image/jpeg"] * 7 + ["data:image/png"]
+    assert encoded(0) in [base64.b64decode(uri.partition(",")[2]) for uri in sent]
+
+
+def test_refused_row_has_the_reason_and_others_their_answers(corpus: Path, service: Service) -> None:
+    def reply(number: int, body: dict[str, Any]) -> tuple[int, Any]:
+        if number == 4:
+            return 422, refusal("this prompt is too long", "too_long")
+        return 200, completion(None, "content_filter") if number == 5 else completion("Yes.")
+
+    service.reply = reply
+    asked = settings(corpus, service.url, max_error_share=0.5)
+    assert annotate_here(asked).errors == {"no_answer": 1, "too_long": 1}
+    errors = {each["error"] for each in rows_of(asked.output)}
+    assert errors == {None, "too_long: this prompt is too long", "no_answer: the service ended with 'content_filter'"}
+
+
+def test_busy_service_is_asked_again(corpus: Path, service: Service) -> None:
+    busy = refusal("too many requests are waiting", "overloaded")
+    service.reply = lambda number, body: (429, busy) if number < 3 else (200, completion("Yes."))
+    assert annotate_here(settings(corpus, service.url)).errors == {}
+    assert len(service.asked) == NUM_ROWS + 3
+
+
+def test_service_that_stays_broken_is_named_and_no_row_is_blamed(corpus: Path, service: Service) -> None:
+    service.reply = lambda number, body: (500, refusal("the engine is gone", "internal_error"))
+    asked = settings(corpus, service.url)
+    with pytest.raises(EndpointError, match=f"{service.url}: answers 500: .*the engine is gone"):
+        annotate_here(asked)
+    service.reply = lambda number, body: (200, completion("Yes."))
+    assert annotate_here(asked).errors == {}
+    assert [each["key"] for each in rows_of(asked.output)] == [f"corpus:{number}" for number in range(NUM_ROWS)]
+
+
+def test_the_model_is_the_only_one_or_the_chosen_one(service: Service) -> None:
+    assert served_model(EndpointSettings(url=service.url), "t") == "tiny"
+    service.models = ["a", "b"]
+    with pytest.raises(EndpointError, match=r"serves a, b; choose one: endpoint\.model"):
+        served_model(EndpointSettings(url=service.url), "t")
+    assert served_model(EndpointSettings(url=service.url, model="b"), "t") == "b"
+
+
+def test_nobody_there(service: Service) -> None:
+    service.server_close()
+    with pytest.raises(EndpointError, match=f"{service.url}: no answer"):
+        served_model(EndpointSettings(url=service.url, max_retries=0), "t")
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_session")
+def test_running_service_gives_the_answers_of_an_engine(corpus: Path, tiny_checkpoint: Path) -> None:
+    write_corpus(corpus, [*(row(number) for number in range(NUM_ROWS)), row(0, image="images/nowhere.jpg")])
+    expected = annotate_settings(corpus, checkpoint=str(tiny_checkpoint), output=str(corpus / "own"))
+    annotate_here(expected)
+    with running_service(ServeArgs(checkpoint=str(tiny_checkpoint), model_name="tiny", device="cpu")) as address:
+        asked = settings(corpus, f"{address}/v1", workers={"num_cpus": 0.5})
+        manifest = annotate(asked)
+    assert manifest is not None and manifest.errors == {"image_missing": 1}
+    assert verify(asked.output) == []
+    same = ("key", "id", "answer", "finish_reason", "prompt_tokens", "answer_tokens", "error", "messages", "image")
+    assert [{name: each[name] for name in same} for each in rows_of(asked.output)] == [
+        {name: each[name] for name in same} for each in rows_of(expected.output)
+    ]
