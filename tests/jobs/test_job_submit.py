@@ -20,8 +20,8 @@ import pytest
 
 from tests.fixtures.ray_session import REPOSITORY
 from tests.fixtures.tiny import build_processor
-from tests.pipelines.test_serving_app import free_port
 from tests.prepared import coloured_rows, write_prepared
+from tests.serving import free_port
 
 pytestmark = pytest.mark.ray
 

@@ -23,7 +23,7 @@ from jobs.serve import main
 from pipelines.serving.authentication import Clients
 from pipelines.serving.settings import Policy
 from tests.fixtures.ray_session import REPOSITORY
-from tests.pipelines.test_serving_app import free_port
+from tests.serving import free_port
 
 
 class Job:
