@@ -30,24 +30,31 @@ class Extent:
     line: int
 
 
+# A span is read whole, images and all. Where rows are passed over, it ends early rather than span many times as many
+# rows as are taken.
+_ROWS_SPANNED = 4
+
+
 def group(extents: Iterable[Extent], rows: int, takes: Callable[[int], bool] | None = None) -> Iterator[Span]:
-    """Runs of `rows` rows (the last may be shorter) out of all extents of a file.
+    """Runs of `rows` rows out of all extents of a file; the last may be shorter, and those that pass over many rows.
 
     Args:
         extents: of the file's rows, in order.
         rows: to a run.
         takes: whether the row with this number counts; the others may lie inside a run, but never begin or end it.
     """
-    first: tuple[int, Extent] | None = None
-    last: Extent | None = None
+    held: list[tuple[int, Extent]] = []  # the first and the last row of the run under way
     count = 0
     for position, extent in enumerate(extents):
-        if takes and not takes(position):
-            continue
-        first, last = first or (position, extent), extent
-        count += 1
-        if count == rows:
-            yield Span(first[1].start, last.stop, first[0], count, first[1].line)
-            first, count = None, 0
-    if first is not None and last is not None:
-        yield Span(first[1].start, last.stop, first[0], count, first[1].line)
+        if held and (count == rows or position - held[0][0] >= _ROWS_SPANNED * rows):
+            yield _span(held, count)
+            held, count = [], 0
+        if takes is None or takes(position):
+            held, count = [*held[:1], (position, extent)], count + 1
+    if held:
+        yield _span(held, count)
+
+
+def _span(held: list[tuple[int, Extent]], count: int) -> Span:
+    (first_row, first), (_, last) = held[0], held[-1]
+    return Span(first.start, last.stop, first_row, count, first.line)

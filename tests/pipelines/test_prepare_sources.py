@@ -77,6 +77,16 @@ def test_a_weight_below_one_takes_a_share_that_is_always_the_same(tmp_path: Path
     assert taken[0.25] == ids(*plan_of(SourceSettings(path=path, weight=0.25), chunk_rows=3))
 
 
+def test_a_chunk_of_few_rows_in_many_spans_no_large_part_of_the_file(tmp_path: Path) -> None:
+    path = str(write(tmp_path, "a.jsonl", 5000))
+    terms, chunks = plan_of(SourceSettings(path=path, weight=0.02), chunk_rows=50)
+    longest = len((tmp_path / "a.jsonl").read_text().splitlines()[-1]) + 1
+    assert max(chunk.stop - chunk.start for chunk in chunks) <= 4 * 50 * longest
+    taken = keys(terms, chunks)
+    assert taken == [f"a:{n}" for n in range(5000) if plan.is_taken(terms[0], n, 0)]
+    assert len(ids(terms, chunks)) == len(taken) > 50
+
+
 def test_a_weight_above_one_takes_rows_again_under_keys_of_their_own(tmp_path: Path) -> None:
     path = str(write(tmp_path, "a.jsonl", 40))
     terms, chunks = plan_of(SourceSettings(path=path, weight=2.5))
