@@ -139,6 +139,24 @@ def test_a_folder_is_listed_at_any_depth_and_stamped_as_a_whole(place: str) -> N
         storage.list_files(storage.join(place, "nowhere"))
 
 
+def test_any_other_file_system_of_fsspec_serves_as_well() -> None:
+    """The way that gs:// and hf:// take, which cannot be reached from here: nothing but fsspec's own interface."""
+    root = "memory://bucket/data"
+    for name in ("a.jsonl", "b/c.jsonl"):
+        storage.write_bytes(storage.join(root, name), name.encode() * 1000)
+    [(name, uri)] = storage.match(f"{root}/*.jsonl").items()
+    assert (name, storage.read_bytes(uri)) == ("a.jsonl", b"a.jsonl" * 1000)
+    assert list(storage.list_files(root)) == ["a.jsonl", "b/c.jsonl"]
+    assert storage.read_range(f"{root}/a.jsonl", 7, 14) == b"a.jsonl"
+    assert storage.read_below(root, "b/c.jsonl") == b"b/c.jsonl" * 1000
+    with storage.open_file(f"{root}/a.jsonl", block_bytes=100) as file:
+        assert file.read() == b"a.jsonl" * 1000
+    before = storage.fingerprint(f"{root}/a.jsonl"), storage.fingerprint(root)
+    storage.write_bytes(f"{root}/a.jsonl", b"other")
+    after = storage.fingerprint(f"{root}/a.jsonl"), storage.fingerprint(root)
+    assert before[0] != after[0] and before[1] != after[1]
+
+
 def test_the_hub_is_reached_through_its_own_file_system() -> None:
     file_system, path = storage.filesystem("hf://datasets/user/name@main/data/a.parquet")
     assert (type(file_system).__name__, path) == ("HfFileSystem", "datasets/user/name@main/data/a.parquet")
