@@ -1,0 +1,106 @@
+"""`jobs/train.py` over several hosts that share an object store alone; one of them is cut off and comes back."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from pipelines import storage
+from pipelines.training.export import write_export
+from pipelines.training.metrics import read_metrics
+from tests.fixtures.host_cluster import Driver, HostCluster, run_cluster, wait_until
+from tests.fixtures.hosts import HostsUnavailable
+from tests.fixtures.ray_session import REPOSITORY
+from tests.fixtures.tiny import build_processor, build_tiny_model
+from tests.prepared import coloured_rows, write_prepared
+
+pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.timeout(600)]
+
+NUM_STEPS = 60
+CHECKPOINT_EVERY = 15
+_RUN_SECONDS = 200  # four processes import torch and DeepSpeed, on whatever else the machine does
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[HostCluster]:
+    try:
+        with run_cluster(num_workers=2) as cluster:
+            yield cluster
+    except HostsUnavailable as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.fixture(scope="module")
+def bucket(cluster: HostCluster) -> str:
+    """Where a tiny model and its data lie."""
+    bucket = cluster.s3.new_bucket()
+    processor = build_processor()
+    model = build_tiny_model(processor)
+    write_export(f"{bucket}/model", model, model.state_dict(), processor, step=0)
+    write_prepared(f"{bucket}/data", coloured_rows(20, text_only_every=3), processor)
+    return bucket
+
+
+def start_training(cluster: HostCluster, bucket: str, name: str) -> Driver:
+    """The command that somebody gives on the head: ZeRO-2 in fp32, one rank on each of the other hosts."""
+    settings = {
+        "model.checkpoint": f"{bucket}/model",
+        "data.folders": f"{bucket}/data",
+        "batch.global_size": 8,
+        "batch.micro_size": 2,
+        "max_steps": NUM_STEPS,
+        "deepspeed.stage": 2,
+        "precision": "fp32",
+        "scaling.num_workers": len(cluster.workers),
+        "scaling.placement": "STRICT_SPREAD",
+        "run.name": name,
+        "run.storage": f"{bucket}/runs",
+        "run.log_every": 1,
+        "run.checkpoint_every": CHECKPOINT_EVERY,
+    }
+    recipe = ["--config", str(REPOSITORY / "jobs" / "recipes" / "tiny-instruct.yaml")]
+    words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    return cluster.start_driver(name, str(REPOSITORY / "jobs" / "train.py"), *recipe, *words)
+
+
+def losses(run: str) -> dict[int, float]:
+    return {line["step"]: line["loss"] for line in read_metrics(run)}
+
+
+def complete_checkpoints(run: str) -> list[str]:
+    names = [name for name in storage.list_names(run) if name.startswith("step-")]
+    return [name for name in names if storage.exists(f"{run}/{name}/checkpoint.json")]
+
+
+def test_a_host_that_is_cut_off_and_comes_back_leaves_no_trace_in_the_losses(cluster: HostCluster, bucket: str) -> None:
+    undisturbed, disturbed = f"{bucket}/runs/undisturbed", f"{bucket}/runs/disturbed"
+    said = start_training(cluster, bucket, "undisturbed").end(_RUN_SECONDS)
+    assert f"no checkpoint yet: starting at step 0\nstep 1/{NUM_STEPS} " in said
+    expected = losses(undisturbed)
+    assert list(expected) == list(range(1, 1 + NUM_STEPS))
+    assert expected[NUM_STEPS] < 0.5 * expected[1]
+
+    lost = cluster.workers[0]
+    driver = start_training(cluster, bucket, "disturbed")
+    wait_until(lambda: len(complete_checkpoints(disturbed)) >= 2, _RUN_SECONDS, "a second checkpoint", driver.said)
+    cluster.network.cut_off(lost)
+    assert f"step {NUM_STEPS}/" not in driver.said(), "trained to the end before the cut"
+    wait_until(lambda: lost.address not in cluster.alive(), 60, f"{lost.address} counts as dead", cluster.logs)
+    cluster.network.plug_in(lost)
+    wait_until(lambda: lost.address in cluster.alive(), 60, f"{lost.address} has joined again", cluster.logs)
+    said = driver.end(_RUN_SECONDS)
+
+    assert losses(disturbed) == expected  # bit for bit
+    assert exported_files(disturbed) == exported_files(undisturbed)
+    assert re.search(rf"address: {lost.address} .* marked dead", said), said
+    resumed = re.findall(r"resuming from \S+/disturbed/step-\d+-\w+ \(step (\d+), every file verified", said)
+    assert len(resumed) == 1, said
+    assert int(resumed[0]) in range(CHECKPOINT_EVERY, NUM_STEPS, CHECKPOINT_EVERY)
+
+
+def exported_files(run: str) -> dict[str, str]:
+    """The sha256 of each file of the model that a run has left."""
+    return json.loads(storage.read_bytes(f"{run}/export/export.json"))["files"]
