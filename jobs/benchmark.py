@@ -3,6 +3,7 @@
     python jobs/benchmark.py data                     # preparing images and reading shards, on a local disk
     python jobs/benchmark.py data --s3 s3://BUCKET/F  # and on an object store; AWS_ENDPOINT_URL names another than AWS
     python jobs/benchmark.py train                    # a step against the published forward, the feed, padding
+    python jobs/benchmark.py annotate                 # one annotation worker against the engine in it
     python jobs/benchmark.py data --quick             # small enough to see whether it runs; its figures mean nothing
 
 Ends with status 0 where every bound is met, 1 where one is not.
@@ -14,6 +15,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from pipelines.benchmarks.annotating import AnnotateBenchmark, measure_annotate
 from pipelines.benchmarks.data import DataBenchmark, measure_data
 from pipelines.benchmarks.settings import BenchmarkSettings
 from pipelines.benchmarks.table import Report
@@ -22,6 +24,7 @@ from pipelines.settings import load_settings
 
 # Subject -> its settings, and what measures it with them.
 _SUBJECTS: dict[str, tuple[type[BenchmarkSettings], Callable[[Any], Report]]] = {
+    "annotate": (AnnotateBenchmark, measure_annotate),
     "data": (DataBenchmark, measure_data),
     "train": (TrainBenchmark, measure_train),
 }

@@ -15,6 +15,7 @@ from flashsloth.modeling_flashsloth import PARTS
 from jobs.convert import main as convert
 from jobs.evaluate import EvaluateSettings
 from jobs.serve import ServeSettings
+from pipelines.annotation.settings import AnnotateSettings
 from pipelines.preparation.settings import PrepareSettings
 from pipelines.settings import load_settings
 from pipelines.training.settings import TrainSettings
@@ -27,6 +28,7 @@ SETTINGS = {
     "jobs/train.py": TrainSettings,
     "jobs/serve.py": ServeSettings,
     "jobs/evaluate.py": EvaluateSettings,
+    "jobs/annotate.py": AnnotateSettings,
 }
 
 
