@@ -54,6 +54,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         app = build_app(ServeArgs(**settings.model_dump(include=set(ServeArgs.model_fields))))
         _check_port_is_free(settings.host, settings.port)
+        # A process that does not answer its health check any more will not finish its requests either.
+        os.environ.setdefault("RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS", "1")
         start_ray()
     except (CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

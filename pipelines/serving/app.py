@@ -7,6 +7,8 @@ Everything that can be wrong with a request is found in an ingress, which has no
 
 # No "from __future__ import annotations" here: Serve reads build_app's annotation to validate the `args:` of a file.
 import asyncio
+import logging
+import os
 from collections.abc import AsyncIterator
 from pathlib import PurePosixPath
 from typing import Any
@@ -20,7 +22,7 @@ from ray.serve.handle import DeploymentHandle
 from transformers.utils.logging import disable_progress_bar
 
 from pipelines.serving.checkpoint import check_folder, load_processor
-from pipelines.serving.engine import Encoder, Engine, Prompt
+from pipelines.serving.engine import Encoder, Engine, EngineStuck, Prompt
 from pipelines.serving.engines import RemoteEngines
 from pipelines.serving.errors import ApiError
 from pipelines.serving.http import build_http
@@ -29,6 +31,8 @@ from pipelines.serving.replies import Desk, Reply
 from pipelines.serving.service import Service
 from pipelines.serving.settings import ServeArgs
 from pipelines.storage import resolve
+
+logger = logging.getLogger("ray.serve")
 
 METRICS_TIMEOUT_S = 5
 MOST_CONNECTIONS = 10_000  # of one ingress: it turns requests away itself, and /health must always get in
@@ -58,8 +62,16 @@ class EngineReplica:
         return self._metrics.collect(self._engine.stats())
 
     async def check_health(self) -> None:
-        """Called by Serve every few seconds; a replica that raises thrice is replaced."""
-        await asyncio.to_thread(self._engine.check, self._patience_s)
+        """Called by Serve every few seconds; a replica that raises thrice is replaced.
+
+        One that is stuck ends at once. Serve would let its requests finish first, which they never do; so they are
+        asked of another engine.
+        """
+        try:
+            await asyncio.to_thread(self._engine.check, self._patience_s)
+        except EngineStuck:
+            logger.exception("this engine is stuck; its process ends, to be replaced")
+            os._exit(1)
 
     def __del__(self) -> None:
         """Called by Serve when the replica has let go of its last request."""
@@ -110,6 +122,7 @@ def build_app(args: ServeArgs) -> Application:
         "max_constructor_retry_count": 2,  # a checkpoint that does not load will not load the twentieth time either
         "graceful_shutdown_timeout_s": args.limits.deadline_s + 10,
         "health_check_period_s": args.health_check_period_s,
+        "health_check_timeout_s": args.health_check_timeout_s,
     }
     engine = serve.deployment(
         name="Engine",

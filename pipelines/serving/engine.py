@@ -38,12 +38,17 @@ __all__ = [
     "EngineFull",
     "EngineSettings",
     "EngineStats",
+    "EngineStuck",
     "FinishReason",
     "Prompt",
     "Ticket",
 ]
 
 logger = logging.getLogger(__name__)
+
+
+class EngineStuck(RuntimeError):
+    """The engine's thread will not move any request on, and nothing can make it: only a new process helps."""
 
 
 class Engine:
@@ -142,15 +147,16 @@ class Engine:
     def check(self, patience_s: float = 60.0) -> None:
         """Raise `RuntimeError` where the model gives no answers any more.
 
-        While requests run, the last step must not lie longer back than `patience_s`. Otherwise one token is run.
+        While requests run, the last step must not lie longer back than `patience_s`: that is an `EngineStuck`.
+        Otherwise one token is run.
         """
         self._check_open()
         if not self._thread.is_alive():
-            raise RuntimeError("the engine's thread has ended")
+            raise EngineStuck("the engine's thread has ended")
         if self._batch.busy:
             idle = time.monotonic() - self._batch.last_step_at
             if idle > patience_s:
-                raise RuntimeError(f"no decode step in {idle:.0f} s, at most {patience_s:.0f} are allowed")
+                raise EngineStuck(f"no decode step in {idle:.0f} s, at most {patience_s:.0f} are allowed")
             return
         token = torch.tensor([[self.processor.eos_token_id]], device=self.model.device)
         if not bool(self.model(input_ids=token).logits.isfinite().all()):

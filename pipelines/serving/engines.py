@@ -14,7 +14,7 @@ from pipelines.serving.engine import Prompt
 from pipelines.serving.errors import ApiError
 from pipelines.serving.replies import Reply
 
-ATTEMPTS = 3
+ATTEMPTS = 2  # not more: a request that kills its engine must not go round until all are dead
 PAUSE_S = 0.2  # between attempts: Serve needs a moment to see that a replica is gone
 _LOST = ("engine_error", "unavailable")
 

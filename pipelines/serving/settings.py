@@ -107,6 +107,9 @@ class ServeArgs(Policy):
     health_check_period_s: float = Field(default=5, gt=0)
     """How often each engine is looked at; after three bad findings it is replaced."""
 
+    health_check_timeout_s: float = Field(default=10, gt=0)
+    """An engine that does not answer a look for this long is found bad."""
+
     wedged_after_s: float = Field(default=60, gt=0)
     """An engine that has requests and made no step for this long is found bad."""
 
