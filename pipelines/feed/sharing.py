@@ -39,6 +39,8 @@ class TokenBudget:
     def check(self, num_tokens: np.ndarray) -> None:
         """Raise `BudgetError` unless every row fits, given their lengths int[N]."""
         room = self.tokens if self.line is None else min(self.line, self.tokens)
+        if not len(num_tokens):
+            return
         longest = int(np.argmax(num_tokens))
         if num_tokens[longest] > room:
             what = "a micro-batch may hold" if room == self.tokens else "a line may hold"
