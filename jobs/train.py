@@ -1,7 +1,11 @@
 """Train FlashSloth on prepared shards: `python jobs/train.py --config jobs/recipes/align.yaml [--run.name mine ...]`.
 
-The same command with the same `run.name` continues the run from its last checkpoint that verifies. What it leaves in
-`run.storage`/`run.name`: checkpoints, metrics.jsonl, tensorboard/, config.yaml, and at the end the model in export/.
+The same command with the same `run.name` continues the run from its last checkpoint that verifies, on as many workers
+as there are now. What it leaves in `run.storage`/`run.name`: checkpoints, metrics.jsonl, tensorboard/, config.yaml, and
+at the end the model in export/.
+
+Exit codes: 0 the model is exported; 1 an error, which the last line names; 2 settings that contradict each other; 75 it
+was stopped by SIGTERM with a checkpoint of its last step; 130 it was stopped by Ctrl-C, without one.
 """
 
 from __future__ import annotations
@@ -10,8 +14,18 @@ import sys
 
 from pipelines.ray_session import start_ray
 from pipelines.settings import load_settings
-from pipelines.training.launch import TrainingError, check_cluster, check_inputs, resolve_settings, train
+from pipelines.training.launch import (
+    TrainingError,
+    TrainingStopped,
+    check_cluster,
+    check_inputs,
+    resolve_settings,
+    train,
+)
 from pipelines.training.settings import TrainSettings
+
+STOPPED_EXIT_CODE = 75
+"""EX_TEMPFAIL of sysexits.h: nothing is wrong, try again."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,6 +39,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstopped; run the same command again to go on from the last checkpoint", file=sys.stderr)
         return 130
+    except TrainingStopped as stop:
+        print(f"{stop}; run the same command again to go on from there", file=sys.stderr)
+        return STOPPED_EXIT_CODE
     except (ValueError, OSError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,39 +1,39 @@
-"""Training checkpoints that can be trusted.
+"""Training checkpoints that can be trusted: what one consists of, and which one a run goes on from.
 
-Written: every rank saves its DeepSpeed shards into a fresh folder of its own; sizes and sha256 of all ranks' files are
-gathered into `checkpoint.json`, the last file; then every rank reports, and Ray Train uploads all folders into one
-while training goes on. Loaded: the newest one whose every file is there with the size and hash it was written with. A
-partial upload, a truncated file or a flipped byte makes it fall back to the one before, and it says so. It never
-starts from step 0 in silence.
+A checkpoint is a folder `step-NNNNNNNN-WORD` in the run's folder, of this attempt alone: a safetensors file of each
+rank, and `checkpoint.json`, written last, with the size and sha256 of each. Loaded is the newest one whose every file
+is as it was written. A partial upload, a truncated file or a flipped byte makes the run fall back to the one before,
+and it says so. It never starts from step 0 in silence. `pipelines.training.saver` writes them.
 """
 
 from __future__ import annotations
 
 import hashlib
+import shutil
 import tempfile
 import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
-import pyarrow.fs
-import ray.train
-import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, ValidationError
-from ray.train import Checkpoint, CheckpointUploadMode
 
 from pipelines import storage
 from pipelines.feed import Position
+from pipelines.storage_faults import naming
+from pipelines.training.ranks import Ranks
+from pipelines.training.state import load_state
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 MANIFEST_NAME = "checkpoint.json"
-_TAG = "state"
-_PREFIX = "step-"
+PREFIX = "step-"
 
 
 class CheckpointError(ValueError):
-    """Checkpoints exist, and none can be used for this run; the message says why for each."""
+    """A checkpoint cannot be written, or none of those that exist can be used; the message says why."""
 
 
 class _Strict(BaseModel):
@@ -41,105 +41,79 @@ class _Strict(BaseModel):
 
 
 class RunIdentity(_Strict):
-    """What a run may not change when it goes on from a checkpoint."""
+    """What a run may not change when it goes on from a checkpoint. Workers and ZeRO stage it may."""
 
     data: list[str]
     """Identity of each manifest that is read, in order."""
     seed: int
     global_batch: int
     length_group: int
+    weights: list[float] | None = None
     train_parts: list[str]
     precision: str
-    zero_stage: int
-    num_workers: int
 
 
 class FileEntry(_Strict):
-    """A file below the checkpoint's folder."""
+    """A file in the checkpoint's folder."""
 
     name: str
     bytes: int
     sha256: str
 
 
-class CheckpointManifest(_Strict):
-    """`checkpoint.json`."""
-
-    version: int = 1
-    step: int
-    """Optimizer steps done."""
-    position: Position
-    """The next batch of the feed."""
-    run: RunIdentity
-    files: list[FileEntry]
-
-
 class Progress(_Strict):
     """How far a run has come."""
 
     step: int = 0
+    """Optimizer steps done, skipped ones included."""
     position: Position = Position()
+    """The next batch of the feed."""
 
 
-def save_checkpoint(
-    engine: DeepSpeedEngine, progress: Progress, identity: RunIdentity, metrics: dict[str, Any]
-) -> None:
-    """Save and report on every rank; returns when the local files are written, the upload goes on behind."""
-    rank = dist.get_rank()
-    folder = Path(tempfile.mkdtemp(prefix=f"flashsloth-step-{progress.step}-rank-{rank}-"))
-    # Frozen parameters are left out: they are what the run started from, and most of a 3.2B alignment checkpoint.
-    engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
-    for script in folder.glob("*.py"):  # DeepSpeed copies scripts that unpickle; a checkpoint is data, not a program
-        script.unlink()
-    entries: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(entries, [_describe(path, folder) for path in _files(folder)])
-    if rank == 0:
-        manifest = CheckpointManifest(
-            step=progress.step,
-            position=progress.position,
-            run=identity,
-            files=sorted((entry for part in entries for entry in part), key=lambda entry: entry.name),
-        )
-        (folder / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=1))
-    ray.train.report(
-        metrics,
-        checkpoint=Checkpoint.from_directory(folder),
-        # Of this attempt alone: a killed attempt may have left half of an upload under its name (ray#41700).
-        checkpoint_dir_name=f"{_PREFIX}{progress.step:08d}-{_shared_word()}",
-        checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
-        delete_local_checkpoint_after_upload=True,
-    )
+class CheckpointManifest(_Strict):
+    """`checkpoint.json`."""
+
+    version: Literal[2] = 2
+    progress: Progress
+    updates: int
+    """Optimizer steps that changed the weights."""
+    run: RunIdentity
+    world_size: int
+    """Workers that wrote it; any number can load it."""
+    files: list[FileEntry]
 
 
-def restore(engine: DeepSpeedEngine, identity: RunIdentity) -> Progress:
+def restore(engine: DeepSpeedEngine, run_uri: str, identity: RunIdentity, ranks: Ranks) -> Progress:
     """Load the newest checkpoint of this run that verifies, and say which; a run without any starts at step 0.
 
     Raises:
         CheckpointError: There are checkpoints, but none verifies; or the newest good one belongs to other settings.
+        StateError: It belongs to a model with other parameters.
     """
     problems: list[str] = []
-    for checkpoint in _stored_checkpoints():
-        with checkpoint.as_directory() as directory:
-            folder = Path(directory)
-            problem = _agreed_problem(folder)
-            if problem:
-                problems.append(f"{Path(checkpoint.path).name}: {problem}")
-                _say(f"checkpoint {problems[-1]}; falling back to the one before")
+    # Listed by one rank: all must try the same ones.
+    for name in ranks.share(stored_names(run_uri)):
+        uri = storage.join(run_uri, name)
+        with verified(uri, ranks) as found:
+            if isinstance(found, str):
+                problems.append(f"{name}: {found}")
+                ranks.say(f"checkpoint {problems[-1]}; falling back to the one before")
                 continue
-            manifest = _read_manifest(folder)
-            _require_same_run(manifest, identity, checkpoint.path)
-            _load(engine, folder, manifest)
-            _say(f"resuming from {checkpoint.path} (step {manifest.step}, every file verified)")
-            dist.barrier()
-        _remove_remains(checkpoint)
-        return Progress(step=manifest.step, position=manifest.position)
+            manifest, folder = found
+            _require_same_run(manifest, identity, uri)
+            load_state(engine, [folder / entry.name for entry in manifest.files], manifest.updates)
+            ranks.say(
+                f"resuming from {uri} (step {manifest.progress.step}, every file verified; "
+                f"written by {manifest.world_size} workers, loaded by {ranks.world_size})"
+            )
+        return manifest.progress
     if problems:
         raise CheckpointError(
             "no checkpoint of this run verifies, and starting over would throw its steps away: "
             + "; ".join(problems)
             + ". Give the run another name to start over"
         )
-    _say("no checkpoint yet: starting at step 0")
+    ranks.say("no checkpoint yet: starting at step 0")
     return Progress()
 
 
@@ -149,69 +123,112 @@ def refuse_changed_run(run_uri: str, identity: RunIdentity) -> None:
     Raises:
         CheckpointError: It was written with settings that a continued run may not change.
     """
-    for name in reversed([name for name in storage.list_names(run_uri) if name.startswith(_PREFIX)]):
-        where = storage.join(run_uri, name)
-        try:
-            manifest = CheckpointManifest.model_validate_json(storage.read_bytes(storage.join(where, MANIFEST_NAME)))
-        except (FileNotFoundError, ValidationError):
-            continue  # incomplete or damaged: the workers will pass over it too, and say so
-        _require_same_run(manifest, identity, where)
-        return
+    for name in stored_names(run_uri):
+        uri = storage.join(run_uri, name)
+        manifest = read_manifest(uri)
+        if isinstance(manifest, CheckpointManifest):
+            _require_same_run(manifest, identity, uri)
+            return
+        # Incomplete or damaged: the workers will pass over it too, and say so.
 
 
-def verify(folder: Path, part: int = 0, num_parts: int = 1) -> str | None:
-    """What is wrong with the checkpoint in `folder`, or None. Hashes every `num_parts`-th file from `part` on."""
+def stored_names(run_uri: str) -> list[str]:
+    """The checkpoints in a run's folder, the newest first, complete or not.
+
+    The folder is listed, not Ray's record of reports: a checkpoint that was complete when its workers died before the
+    report is as good as any, and losing that record must not mean step 0.
+    """
+    return sorted((name for name in storage.list_names(run_uri) if name.startswith(PREFIX)), reverse=True)
+
+
+def read_manifest(uri: str) -> CheckpointManifest | str:
+    """The manifest of the checkpoint at `uri`, or what is wrong with it."""
     try:
-        manifest = _read_manifest(folder)
-    except FileNotFoundError:
+        return CheckpointManifest.model_validate_json(storage.read_bytes(storage.join(uri, MANIFEST_NAME)))
+    except (FileNotFoundError, NotADirectoryError):
         return f"{MANIFEST_NAME} is missing, it was never completed"
     except ValidationError as error:
         return f"{MANIFEST_NAME} is damaged ({error.errors()[0]['msg']})"
-    for entry in manifest.files[part::num_parts]:
+
+
+@contextmanager
+def verified(uri: str, ranks: Ranks) -> Iterator[tuple[CheckpointManifest, Path] | str]:
+    """The checkpoint at `uri` with a local folder of its files, or what is wrong with it. Collective.
+
+    The ranks of a machine share the reading and hashing, and all hear of the first problem. From an object store each
+    machine fetches one copy, which is gone at the end.
+
+    Raises:
+        CheckpointError: The store does not answer.
+    """
+    manifest = ranks.share(read_manifest(uri) if ranks.rank == 0 else None)
+    if isinstance(manifest, str):
+        yield manifest
+        return
+    local = storage.is_local(uri)
+    word = ranks.share(uuid.uuid4().hex)
+    folder = Path(uri) if local else Path(tempfile.gettempdir()) / f"flashsloth-restore-{word}"
+    try:
+        mine = manifest.files[ranks.local_rank :: ranks.local_world_size]
+        problem: str | Exception | None
+        try:
+            problem = (None if local else _fetch(uri, mine, folder)) or find_problem(folder, mine)
+        except (OSError, ValueError) as error:  # a store that does not answer is no damage: never fall back for it
+            problem = error
+        problem = next((found for found in ranks.gather(problem) if found), None)
+        if isinstance(problem, Exception):
+            raise CheckpointError(f"{uri} cannot be read: {problem}") from problem
+        yield problem or (manifest, folder)
+        ranks.barrier()  # nobody removes what another one reads
+    finally:
+        if not local and ranks.local_rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def find_problem(folder: Path, entries: Sequence[FileEntry]) -> str | None:
+    """What is wrong with the files of a checkpoint in `folder`, or None."""
+    for entry in entries:
         path = folder / entry.name
         if not path.exists():
             return f"{entry.name} is missing"
         if path.stat().st_size != entry.bytes:
             return f"{entry.name} has {path.stat().st_size} bytes, {entry.bytes} were written"
-        found = _sha256(path)
+        found = sha256_of(path)
         if found != entry.sha256:
             return f"{entry.name} has sha256 {found[:12]}..., {entry.sha256[:12]}... was written"
     return None
 
 
-def _stored_checkpoints() -> list[Checkpoint]:
-    """The checkpoints in the run's folder, the newest first, complete or not.
+def sha256_of(path: Path) -> str:
+    """The hash of a file, as 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
-    The folder is listed, not Ray's record of reports: a checkpoint that was complete when its workers died before the
-    report is as good as any, and losing that record must not mean step 0.
+
+def remove_remains(run_uri: str, reported: set[str], ranks: Ranks) -> None:
+    """Delete what killed attempts left and nobody else would: checkpoints that are unreported and incomplete.
+
+    Unreported and complete ones older than the newest are deleted too, once there are reported ones. Collective.
     """
-    run = ray.train.get_context().get_storage()
-    paths: list[Any] = [None]
-    if dist.get_rank() == 0:
-        found = run.storage_filesystem.get_file_info(pyarrow.fs.FileSelector(run.experiment_fs_path))
-        paths = [sorted((info.path for info in found if info.base_name.startswith(_PREFIX)), reverse=True)]
-    dist.broadcast_object_list(paths, src=0)  # ranks on other machines must try the same ones
-    return [Checkpoint(path, run.storage_filesystem) for path in paths[0]]
+    names = stored_names(run_uri) if ranks.rank == 0 else []
+    complete = [name for name in names if isinstance(read_manifest(storage.join(run_uri, name)), CheckpointManifest)]
+    for name in set(names) - reported:
+        if name not in complete or (reported and name != complete[0]):
+            file_system, path = storage.filesystem(storage.join(run_uri, name))
+            file_system.rm(path, recursive=True)
+    ranks.barrier()
 
 
-def _remove_remains(loaded: Checkpoint) -> None:
-    """Delete what killed attempts left: Ray Train deletes old checkpoints, but only those that were reported to it."""
-    keep = {Path(item.checkpoint.path).name for item in ray.train.get_all_reported_checkpoints()}
-    stored = _stored_checkpoints()
-    if dist.get_rank() == 0 and keep:
-        for checkpoint in stored:
-            if Path(checkpoint.path).name not in keep | {Path(loaded.path).name}:
-                checkpoint.filesystem.delete_dir(checkpoint.path)
-
-
-def _load(engine: DeepSpeedEngine, folder: Path, manifest: CheckpointManifest) -> None:
-    # Not strict, since frozen parameters are left out; the files are the ones that this model wrote, as they verify and
-    # the run's identity holds. The tag is explicit: without one DeepSpeed goes on from step 0 with a mere warning.
-    loaded, _ = engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=False)
-    if loaded is None or engine.global_steps != manifest.step:
-        raise CheckpointError(
-            f"{folder}: DeepSpeed came out at step {engine.global_steps}, the checkpoint is of step {manifest.step}"
-        )
+def _fetch(uri: str, entries: Sequence[FileEntry], folder: Path) -> str | None:
+    folder.mkdir(exist_ok=True)
+    file_system, path = storage.filesystem(uri)
+    for entry in entries:
+        try:
+            with naming(storage.join(uri, entry.name)):
+                file_system.get_file(f"{path}/{entry.name}", str(folder / entry.name))
+        except FileNotFoundError:
+            return f"{entry.name} is missing"
+    return None
 
 
 def _require_same_run(manifest: CheckpointManifest, identity: RunIdentity, where: str) -> None:
@@ -224,40 +241,3 @@ def _require_same_run(manifest: CheckpointManifest, identity: RunIdentity, where
             f"{where} cannot be continued with these settings: {'; '.join(changed)}. Undo the change, or give the run "
             "another run.name to start over"
         )
-
-
-def _agreed_problem(folder: Path) -> str | None:
-    """Verify together: the workers of a machine share the files out, and all hear of the first problem."""
-    context = ray.train.get_context()
-    found: list[Any] = [None] * dist.get_world_size()
-    mine = verify(folder, context.get_local_rank(), context.get_local_world_size())
-    dist.all_gather_object(found, mine)
-    return next((problem for problem in found if problem), None)
-
-
-def _read_manifest(folder: Path) -> CheckpointManifest:
-    return CheckpointManifest.model_validate_json((folder / MANIFEST_NAME).read_bytes())
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def _describe(path: Path, folder: Path) -> FileEntry:
-    return FileEntry(name=path.relative_to(folder).as_posix(), bytes=path.stat().st_size, sha256=_sha256(path))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _shared_word() -> str:
-    word = [uuid.uuid4().hex[:8]]
-    dist.broadcast_object_list(word, src=0)
-    return word[0]
-
-
-def _say(message: str) -> None:
-    if dist.get_rank() == 0:
-        print(message, flush=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import pyarrow.fs
 import ray
 import yaml
 from ray.train import ScalingConfig
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
@@ -19,6 +19,8 @@ from pipelines.settings import dump_settings
 from pipelines.shards.manifest import Manifest
 from pipelines.training.checkpoint import refuse_changed_run
 from pipelines.training.console import show_worker_lines_only
+from pipelines.training.host import Supervisor
+from pipelines.training.lookout import Lookout, drop_unusable_record
 from pipelines.training.loop import export_uri, run_identity, run_uri, train_worker
 from pipelines.training.process import require_compiler, worker_environment
 from pipelines.training.settings import ScalingSettings, TrainSettings
@@ -29,8 +31,12 @@ class TrainingError(RuntimeError):
     """A run failed on its workers; the message gives the first worker's error."""
 
 
+class TrainingStopped(RuntimeError):
+    """A run was stopped and can go on later; the message says at which step."""
+
+
 class ResourceError(ValueError):
-    """The cluster can never give the workers that a run asks for; the message gives both numbers."""
+    """The cluster does not give the workers that a run asks for; the message gives both numbers."""
 
 
 def resolve_settings(settings: TrainSettings) -> TrainSettings:
@@ -70,11 +76,12 @@ def check_cluster(scaling: ScalingSettings) -> None:
     """
     wanted = {"CPU": scaling.cpus_per_worker, "GPU": scaling.gpus_per_worker}
     total = _largest_cluster()
+    fewest = scaling.bounds[0]
     for name, per_worker in wanted.items():
-        if scaling.num_workers * per_worker > total.get(name, 0):
+        if fewest * per_worker > total.get(name, 0):
             raise ResourceError(
-                f"the run asks for {scaling.num_workers} workers with {per_worker} {name} each, "
-                f"{scaling.num_workers * per_worker} in all; the cluster has at most {total.get(name, 0):g} {name}: "
+                f"the run asks for {fewest} workers with {per_worker} {name} each, "
+                f"{fewest * per_worker} in all; the cluster has at most {total.get(name, 0):g} {name}: "
                 "lower scaling.num_workers or what each asks for, or use a larger cluster"
             )
     if scaling.gpus_per_worker == 0:
@@ -84,38 +91,91 @@ def check_cluster(scaling: ScalingSettings) -> None:
 def train(settings: TrainSettings, worker: Callable[[dict[str, Any]], None] = train_worker) -> str:
     """Run or continue the training; returns where the exported model is.
 
+    While it runs, SIGTERM makes the workers save a checkpoint and end.
+
     Args:
         settings: With absolute paths, see `resolve_settings`.
-        worker: What each worker runs on `settings` as a dict.
+        worker: What each worker runs on `settings` as a dict, and the `supervisor`.
 
     Raises:
-        TrainingError: A worker failed more often than `run.max_failures` allows.
+        TrainingStopped: SIGTERM came; there is a checkpoint of the last step, if any was done.
+        TrainingError: A worker failed more often than `run.max_failures` allows, or in a way that no restart mends.
+        ResourceError: The workers did not come within `run.start_timeout_s`.
     """
     show_worker_lines_only()
     storage.write_bytes(storage.join(run_uri(settings.run), "config.yaml"), dump_settings(settings).encode())
-    try:
-        _trainer(settings, worker).fit()
-    except WorkerGroupError as error:
-        rank, failure = min(error.worker_failures.items())
-        raise TrainingError(f"worker {rank} failed: {failure}") from error
-    except TrainingFailedError as error:
-        raise TrainingError(str(error)) from error
+    drop_unusable_record(run_uri(settings.run))
+    supervisor = _start_supervisor()
+    config = {"settings": yaml.safe_load(dump_settings(settings)), "supervisor": supervisor}
+    trainer = _trainer(settings, config, worker)
+    with Lookout(supervisor, settings.run.start_timeout_s, trainer.abandon) as lookout:
+        try:
+            trainer.fit()
+        except WorkerGroupError as error:
+            rank, failure = min(error.worker_failures.items())
+            raise TrainingError(f"worker {rank} failed: {failure}") from error
+        except TrainingFailedError as error:
+            raise TrainingError(str(error)) from error
+        except ray.exceptions.RayActorError as error:
+            _raise_why_abandoned(settings, lookout, error)
+    outcome: Any = ray.get(supervisor.outcome.remote())
+    if outcome and outcome["kind"] == "stopped":
+        raise TrainingStopped(outcome["message"])
+    if outcome:
+        raise TrainingError(outcome["message"])
     return export_uri(settings.run)
 
 
-def _trainer(settings: TrainSettings, worker: Callable[[dict[str, Any]], None]) -> TorchTrainer:
+def _start_supervisor() -> Any:
+    start: Any = ray.remote(num_cpus=0)(Supervisor)
+    return start.remote()
+
+
+class _Trainer(TorchTrainer):
+    """Ray's trainer, which can be abandoned from another thread; Ctrl-C stays an ordinary KeyboardInterrupt."""
+
+    _controller: Any = None
+
+    def abandon(self) -> None:
+        """End the run from the driver's side; its workers go with it."""
+        if self._controller is not None:
+            ray.kill(self._controller)
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        self._controller = controller
+
+
+def _raise_why_abandoned(settings: TrainSettings, lookout: Lookout, error: Exception) -> NoReturn:
+    if lookout.stopped:
+        raise TrainingStopped("stopped before its workers had started") from error
+    if lookout.too_quiet:
+        scaling, now = settings.scaling, ray.available_resources()
+        raise ResourceError(
+            f"the run has waited {settings.run.start_timeout_s:g} s (run.start_timeout_s) for {scaling.bounds[0]} "
+            f"workers with {scaling.cpus_per_worker} CPU and {scaling.gpus_per_worker} GPU each; free in the cluster "
+            f"are {now.get('CPU', 0):g} CPU and {now.get('GPU', 0):g} GPU on {len(ray.nodes())} nodes. Run the same "
+            "command again when there are more, or lower scaling.num_workers"
+        ) from error
+    raise TrainingError(f"Ray Train's controller died: {error}") from error
+
+
+def _trainer(settings: TrainSettings, config: dict[str, Any], worker: Callable[[dict[str, Any]], None]) -> _Trainer:
     run, scaling = settings.run, settings.scaling
     filesystem, path = _ray_storage(run.storage)
     environment = worker_environment(scaling.cpus_per_worker, scaling.gpus_per_worker > 0)
-    return TorchTrainer(
+    elastic: dict[str, Any] = {"elastic_resize_monitor_interval_s": scaling.resize_every_s}
+    return _Trainer(
         worker,
-        train_loop_config=yaml.safe_load(dump_settings(settings)),
+        train_loop_config=config,
+        # Longer than the watchdog waits: it says who hangs, a collective that times out does not.
+        torch_config=TorchConfig(timeout_s=int(2 * run.hang_timeout_s) + 60),
         scaling_config=ScalingConfig(
-            num_workers=scaling.num_workers,
+            num_workers=scaling.num_workers,  # type: ignore[arg-type]  # ray.train is typed as its first version
             use_gpu=scaling.gpus_per_worker > 0,
             resources_per_worker={"CPU": scaling.cpus_per_worker}
             | ({"GPU": scaling.gpus_per_worker} if scaling.gpus_per_worker else {}),
             placement_strategy=scaling.placement,
+            **(elastic if scaling.is_elastic else {}),
         ),
         run_config=RunConfig(  # type: ignore[arg-type]  # ray.train is typed as its first version
             name=run.name,

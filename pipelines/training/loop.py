@@ -7,17 +7,20 @@ import io
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from flashsloth import FlashSlothProcessor
 from flashsloth.image_processing_flashsloth import normalize_pixels
 from pipelines import storage
-from pipelines.feed import BatchLoader, Feed, MicroBatch, Position, PreparedRows
+from pipelines.feed import BatchLoader, Feed, MicroBatch, Mixture, Position, PreparedRows
 from pipelines.shards.manifest import Manifest
-from pipelines.training.checkpoint import Progress, RunIdentity, restore, save_checkpoint
+from pipelines.training.checkpoint import CheckpointError, Progress, RunIdentity, restore
+from pipelines.training.divergence import BadSteps, TrainingDiverged
 from pipelines.training.export import consolidated, read_export_step, write_export
-from pipelines.training.metrics import RunLog, StepMeter, TrainingDiverged
+from pipelines.training.host import Host, Outcome, RayHost, Request
+from pipelines.training.metrics import RunLog, StepMeter
 from pipelines.training.optimization import (
     build_optimizer,
     deepspeed_config,
@@ -26,8 +29,12 @@ from pipelines.training.optimization import (
     set_learning_rates,
 )
 from pipelines.training.process import prepare_process, seed_step
+from pipelines.training.ranks import Ranks
+from pipelines.training.saver import CheckpointSaver
 from pipelines.training.settings import RunSettings, TrainSettings
 from pipelines.training.start import build_model, load_processor
+from pipelines.training.state import StateError
+from pipelines.training.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -50,35 +57,68 @@ def run_identity(settings: TrainSettings, manifests: list[Manifest]) -> RunIdent
         seed=settings.run.seed,
         global_batch=settings.batch.global_size,
         length_group=settings.data.length_group,
+        weights=settings.data.weights,
         train_parts=sorted(settings.train_parts),
         precision=settings.precision,
-        zero_stage=settings.deepspeed.stage,
-        num_workers=settings.scaling.num_workers,
     )
 
 
 def train_worker(config: dict[str, Any]) -> None:
-    """The function that Ray Train runs on each worker. `config` is `TrainSettings.model_dump()`."""
-    settings = TrainSettings.model_validate(config)
+    """The function that Ray Train runs on each worker.
+
+    Args:
+        config: `settings`, a dump of `TrainSettings`, and `supervisor`, the handle of a `Supervisor`.
+    """
+    settings = TrainSettings.model_validate(config["settings"])
     device = prepare_process(settings.scaling.cpus_per_worker, settings.scaling.gpus_per_worker > 0)
+    run_worker(settings, device, RayHost(config["supervisor"], dist.get_rank()))
+
+
+def run_worker(settings: TrainSettings, device: torch.device, host: Host) -> None:
+    """One rank's whole run, in a process group that exists: restore, train, export."""
     processor = load_processor(settings.model)
-    rows = PreparedRows(settings.data.folders, settings.data.cache_dir)
-    run = WorkerRun(settings, processor, rows, device)
-    start = restore(run.engine, run.identity)
-    run.train(start)
-    run.export(nothing_new=start.step >= run.num_steps)
+    data = settings.data
+    rows = PreparedRows(data.folders, data.cache_dir, int(data.cache_gib * 2**30))
+    # Longer than the watchdog waits: it says who hangs, a collective that times out does not.
+    ranks = Ranks(2 * settings.run.hang_timeout_s)
+    with Watchdog(ranks, settings.run.hang_timeout_s, settings.run.start_timeout_s) as watchdog:
+        run = WorkerRun(settings, processor, rows, device, host, ranks, watchdog)
+        try:
+            start = restore(run.engine, run_uri(settings.run), run.identity, ranks)
+            host.clean(run_uri(settings.run), ranks)
+            run.train(start)
+            run.export(nothing_new=start.step >= run.num_steps)
+        except RunStopped as stop:
+            host.end(Outcome(kind="stopped", message=str(stop)))
+        except (CheckpointError, StateError, TrainingDiverged) as error:  # the same on every rank
+            host.end(Outcome(kind="failed", message=str(error)))
+
+
+class RunStopped(RuntimeError):
+    """The run ends early because it was asked to, with a checkpoint of its last step."""
 
 
 class WorkerRun:
     """One worker's side of the run."""
 
     def __init__(
-        self, settings: TrainSettings, processor: FlashSlothProcessor, rows: PreparedRows, device: torch.device
+        self,
+        settings: TrainSettings,
+        processor: FlashSlothProcessor,
+        rows: PreparedRows,
+        device: torch.device,
+        host: Host,
+        ranks: Ranks,
+        watchdog: Watchdog,
     ) -> None:
         self.settings = settings
         self.processor = processor
         self.rows = rows
         self.device = device
+        self.host = host
+        self.ranks = ranks
+        self.watchdog = watchdog
+        self.rank, self.world_size = ranks.rank, ranks.world_size
         self.feed = Feed(
             rows.num_tokens,
             rows.num_loss_tokens,
@@ -86,70 +126,128 @@ class WorkerRun:
             settings.batch.global_size,
             settings.run.seed,
             settings.data.length_group,
+            Mixture(rows.sizes, settings.data.weights) if settings.data.weights else None,
         )
         self.num_steps = settings.max_steps or settings.epochs * self.feed.batches_per_epoch
         self.identity = run_identity(settings, [dataset.manifest for dataset in rows.datasets])
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         model = build_model(settings.model, processor, settings.precision, settings.run.seed)
+        shape = model.config
+        self.patch_shape = (shape.num_tiles, shape.num_patches, shape.vision_config.hidden_size)
         freeze(model, settings.train_parts)
         self.optimizer = build_optimizer(model, settings.optim)
-        self.engine = _initialize(model, self.optimizer, settings)
+        self.engine = _initialize(model, self.optimizer, settings, self.world_size)
+        self.bad_steps = BadSteps(settings.run.max_bad_steps if settings.deepspeed.stage else 1)
 
     def train(self, start: Progress) -> None:
-        """Train from `start` to the last step."""
+        """Train from `start` to the last step.
+
+        Raises:
+            RunStopped: It was asked to stop, and has saved a checkpoint.
+            CheckpointError: Checkpoints cannot be saved.
+            TrainingDiverged: Too many steps in a row had no finite gradients.
+        """
         if start.step >= self.num_steps:
             return
         step, position = start.step, start.position
         meter = StepMeter(self.device)
         log = RunLog(run_uri(self.settings.run), self.num_steps, start.step) if self.rank == 0 else None
+        saver = self._saver()
         with self.loader(position, self.num_steps - step) as loader:
             for micro_batches in grouped_by_step(loader):
+                self.watchdog.beat("trains")
                 self.step(step, micro_batches, meter)
                 step, position = step + 1, micro_batches[-1].batch.after
                 meter.add_step(micro_batches[-1].batch)
                 last = step == self.num_steps
+                request = self._agree(step, micro_batches[-1].batch.rows, saver)
                 if last or step % self.settings.run.log_every == 0:
-                    self._log(log, meter, step, position, loader.waited_s)
-                if last or step % self.settings.run.checkpoint_every == 0:
-                    save_checkpoint(self.engine, Progress(step=step, position=position), self.identity, {"step": step})
+                    self._log(log, meter, step, position, loader.waited_s, saver.blocked_s)
+                if last or request or step % self.settings.run.checkpoint_every == 0:
+                    self.watchdog.beat("saves a checkpoint")
+                    saver.save(self.engine, Progress(step=step, position=position))
                     if log:
                         log.flush()
+                if last or request:
+                    saver.settle()
+                if request == Request.STOP and not last:
+                    raise RunStopped(f"stopped at step {step} of {self.num_steps}, with a checkpoint of this step")
+                self.watchdog.beat("waits for data")
         if log:
             log.close()
 
     def export(self, nothing_new: bool) -> None:
         """Write the trained model as a `from_pretrained` folder, unless this run did so before."""
         target = export_uri(self.settings.run)
-        written = nothing_new and read_export_step(target) == self.engine.global_steps
-        dist.barrier()  # nobody writes before everybody has looked
+        # Looked up by one rank: nobody writes before everybody has looked.
+        written = self.ranks.share(nothing_new and read_export_step(target) == self.num_steps)
         if written:
             return
+        self.watchdog.beat("exports the model")
         weights = consolidated(self.engine)
         if weights is not None:
-            write_export(target, self.engine.module, weights, self.processor, self.engine.global_steps)
+            write_export(target, self.engine.module, weights, self.processor, self.num_steps)
             print(f"exported the model to {target}", flush=True)
-        dist.barrier()
+        self.ranks.barrier()
+
+    def _saver(self) -> CheckpointSaver:
+        run = self.settings.run
+        return CheckpointSaver(run_uri(run), self.identity, self.ranks, run.max_failed_saves, self.host.report)
+
+    def _agree(self, step: int, rows: np.ndarray, saver: CheckpointSaver) -> Request:
+        """One exchange per step, so that all ranks report, save, stop and fail at the same one."""
+        bad = not torch.isfinite(self.last_loss).item() if self.settings.deepspeed.stage == 0 else self._overflow()
+        request, busy, any_bad = self.ranks.largest([self.host.request(), not saver.is_done, bad])
+        if not busy:
+            saver.settle()
+        try:
+            self.bad_steps.add(step, bool(any_bad), rows, self.rows, self.ranks)
+        except TrainingDiverged:
+            saver.settle()  # what was saved before shall be there
+            raise
+        return Request(request)
+
+    def _overflow(self) -> bool:
+        """Whether DeepSpeed has left out the last update, since its gradients were not finite; so on every rank."""
+        return bool(self.engine.optimizer.overflow)
 
     def step(self, step: int, micro_batches: list[MicroBatch], meter: StepMeter) -> None:
         """One optimizer step on this rank's share of a global batch."""
         seed_step(self.settings.run.seed, step, self.rank)
         set_learning_rates(self.optimizer, self._factor(step))
+        losses = []
         for micro in micro_batches:
             self.engine.set_gradient_accumulation_boundary(micro.is_last)
-            # The loss is the mean over the loss tokens of the global batch, so it depends neither on the micro-batch
-            # nor on the number of workers. DeepSpeed averages gradients over workers, hence their number here.
-            share = max(1, micro.batch.num_loss_tokens) / self.world_size
-            inputs = self._on_device(micro.inputs)
-            loss = self.engine(**inputs, num_items_in_batch=share, use_cache=False).loss
+            inputs = self._on_device(micro)
+            loss = self.engine(**inputs, num_items_in_batch=micro.loss_tokens, use_cache=False).loss
             self.engine.backward(loss, scale_wrt_gas=False)
-            meter.add_loss(loss)
+            losses.append(loss.detach())
         self.engine.step()
+        self.last_loss = torch.stack(losses).sum()
+        meter.add_loss(self.last_loss)
 
-    def _on_device(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        moved = {name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()}
+    def _on_device(self, micro: MicroBatch) -> dict[str, torch.Tensor]:
+        moved = {name: tensor.to(self.device, non_blocking=True) for name, tensor in micro.inputs.items()}
+        if "pixel_values" in moved and self._may_skip_tower(micro):
+            # No image anywhere: zeros stand for patches, so that the small parts that learn run on every rank alike,
+            # and the tower does not run at all.
+            del moved["pixel_values"]
+            moved["patch_features"] = torch.zeros(0, *self.patch_shape, device=self.device)
         if "pixel_values" in moved:  # travels as uint8: a quarter of the bytes
             moved["pixel_values"] = normalize_pixels(moved["pixel_values"])
         return moved
+
+    def _may_skip_tower(self, micro: MicroBatch) -> bool:
+        """Whether this micro-batch has no image, and no other rank waits for this one inside the tower.
+
+        Under ZeRO-3 ranks meet in every module that runs, and where the tower learns they meet in its gradients; so it
+        runs on zeros where only some ranks have images. All ranks know the global batch, so they agree without a word.
+        """
+        if len(micro.inputs["pixel_values"]):
+            return False
+        partitioned, learns = self.settings.deepspeed.stage == 3, "vision_tower" in self.settings.train_parts
+        if partitioned and learns:
+            return False  # a parameter without a gradient keeps the one of the step before (DeepSpeed 0.19.8, stage 3)
+        return not (partitioned or learns) or not self.rows.has_image[micro.batch.rows].any()
 
     def loader(self, position: Position, num_batches: int) -> BatchLoader:
         """This rank's micro-batches of the next `num_batches` global batches."""
@@ -158,39 +256,39 @@ class WorkerRun:
             self.feed.walk(position, num_batches),
             rank=self.rank,
             world_size=self.world_size,
-            micro_batch=self.settings.batch.micro_size,
+            micro_batch=self.settings.batch.micro_batch,
             processor=self.processor,
             threads=self.settings.data.reader_threads,
             prefetch=self.settings.data.prefetch,
+            pin_memory=self.device.type == "cuda",
         )
 
-    def _log(self, log: RunLog | None, meter: StepMeter, step: int, position: Position, waited_s: float) -> None:
+    def _log(
+        self, log: RunLog | None, meter: StepMeter, step: int, position: Position, waited_s: float, saving_s: float
+    ) -> None:
         norm = self.engine.get_global_grad_norm()
-        figures = meter.read(waited_s, None if norm is None else float(norm))
+        figures = meter.read(waited_s, saving_s, None if norm is None else float(norm))
         if log:
             figures["lr"] = self.settings.optim.lr * self._factor(step - 1)
             figures["epoch"] = position.epoch + position.batch / self.feed.batches_per_epoch
             figures["samples_seen"] = position.samples_seen
             figures["seconds_left"] = figures["seconds_per_step"] * (self.num_steps - step)
             log.write(step, figures)
-        if not torch.tensor(figures["loss"]).isfinite():
-            raise TrainingDiverged(
-                f"the loss is {figures['loss']} at step {step} (rows up to number {position.samples_seen} of the run): "
-                "lower optim.lr, or look at the data of the last steps"
-            )
 
     def _factor(self, step: int) -> float:
         return schedule_factor(step, self.num_steps, self.settings.optim)
 
 
-def _initialize(model: torch.nn.Module, optimizer: torch.optim.Optimizer, settings: TrainSettings) -> DeepSpeedEngine:
+def _initialize(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, settings: TrainSettings, world_size: int
+) -> DeepSpeedEngine:
     # DeepSpeed chooses its accelerator when it is imported, from the environment that only workers have.
     import deepspeed
 
     deepspeed.utils.logger.setLevel("WARNING")
     with contextlib.redirect_stdout(io.StringIO()):  # it prints that its operator was built
         deepspeed.init_distributed()
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(settings))
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(settings, world_size))
     return engine
 
 

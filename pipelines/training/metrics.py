@@ -19,16 +19,13 @@ from pipelines.feed import GlobalBatch
 METRICS_NAME = "metrics.jsonl"
 
 
-class TrainingDiverged(RuntimeError):
-    """The loss is no longer a number."""
-
-
 @dataclass
 class _Window:
     """What has gathered since the last line."""
 
     started: float
     waited_s: float
+    saving_s: float
     steps: int = 0
     samples: int = 0
     tokens: int = 0
@@ -40,7 +37,7 @@ class StepMeter:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._loss = torch.zeros((), device=device)
-        self._window = _Window(time.perf_counter(), 0.0)
+        self._window = _Window(time.perf_counter(), 0.0, 0.0)
 
     def add_loss(self, loss: torch.Tensor) -> None:
         """Add a micro-batch's share of its step's loss, as it went into the backward pass."""
@@ -52,11 +49,12 @@ class StepMeter:
         self._window.samples += len(batch.rows)
         self._window.tokens += batch.num_tokens
 
-    def read(self, waited_s: float, grad_norm: float | None) -> dict[str, float]:
+    def read(self, waited_s: float, saving_s: float, grad_norm: float | None) -> dict[str, float]:
         """The window's figures, over all ranks; starts a new window. Collective.
 
         Args:
             waited_s: Seconds that this rank's steps have waited for data since the run started.
+            saving_s: Seconds that they have waited for checkpoints.
             grad_norm: Of the last step, before clipping.
         """
         window, now = self._window, time.perf_counter()
@@ -66,13 +64,14 @@ class StepMeter:
         dist.all_reduce(both)
         loss, wait_share = (both / dist.get_world_size()).tolist()
         self._loss.zero_()
-        self._window = _Window(now, waited_s)
+        self._window = _Window(now, waited_s, saving_s)
         figures = {
             "loss": loss,
             "seconds_per_step": elapsed / window.steps,
             "samples_per_s": window.samples / elapsed,
             "tokens_per_s": window.tokens / elapsed,
             "data_wait_share": wait_share,
+            "checkpoint_s": saving_s - window.saving_s,
             "memory_gib": _memory_gib(self._device),
         }
         return figures if grad_norm is None else figures | {"grad_norm": grad_norm}

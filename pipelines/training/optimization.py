@@ -63,10 +63,12 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
         group["lr"] = group["peak_lr"] * factor
 
 
-def deepspeed_config(settings: TrainSettings) -> dict[str, Any]:
+def deepspeed_config(settings: TrainSettings, world_size: int) -> dict[str, Any]:
     """DeepSpeed's configuration for this run; `deepspeed.options` of the recipe is laid over it."""
-    batch, scaling = settings.batch, settings.scaling
-    on_gpu = scaling.gpus_per_worker > 0
+    batch = settings.batch
+    on_gpu = settings.scaling.gpus_per_worker > 0
+    # DeepSpeed insists on numbers that multiply; the loop itself says where an optimizer step ends.
+    accumulation = -(-batch.global_size // (batch.micro_size * world_size))
     zero = {
         "stage": settings.deepspeed.stage,
         "contiguous_gradients": True,
@@ -76,9 +78,9 @@ def deepspeed_config(settings: TrainSettings) -> dict[str, Any]:
         "allgather_bucket_size": 200_000_000,
     }
     config = {
-        "train_batch_size": batch.global_size,
+        "train_batch_size": batch.micro_size * accumulation * world_size,
         "train_micro_batch_size_per_gpu": batch.micro_size,
-        "gradient_accumulation_steps": batch.global_size // (batch.micro_size * scaling.num_workers),
+        "gradient_accumulation_steps": accumulation,
         "gradient_clipping": settings.optim.max_grad_norm,
         "bf16": {"enabled": settings.precision == "bf16"},
         "zero_optimization": zero,

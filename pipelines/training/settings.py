@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
+from pipelines.feed.sharing import TokenBudget
 from pipelines.settings import JobSettings, Section
 
 PartName = Literal["vision_tower", "pooling", "projector", "query_tokens", "embedded_query", "language_model"]
@@ -57,15 +58,25 @@ class DataSettings(Section):
     """What is read."""
 
     folders: Annotated[list[str], Field(min_length=1)]
-    """Prepared folders, local or s3://; an epoch holds each of their rows once."""
+    """Prepared folders, local or s3://; an epoch holds each of their rows once, or as `weights` say."""
+    weights: list[Annotated[float, Field(gt=0)]] | None = None
+    """How often an epoch goes through each folder: 2 holds its rows twice, 0.25 a quarter of them, by turns."""
     cache_dir: str | None = None
     """Where shards of an object store are kept on the worker's disk."""
+    cache_gib: NonNegative = 64.0
+    """Room for them, over all folders. Rows of shards that find none are fetched one by one; 0 keeps no shard."""
     length_group: PositiveInt = 8
     """Global batches that are sorted by length together: more saves padding, 1 leaves each a random draw."""
     reader_threads: PositiveInt = 4
     """Threads per worker that read and decode rows."""
     prefetch: PositiveInt = 4
     """Micro-batches per worker that are kept ready."""
+
+    @model_validator(mode="after")
+    def _weight_each(self) -> DataSettings:
+        if self.weights and len(self.weights) != len(self.folders):
+            raise ValueError(f"data.weights has {len(self.weights)} entries for {len(self.folders)} data.folders")
+        return self
 
 
 class BatchSettings(Section):
@@ -74,7 +85,25 @@ class BatchSettings(Section):
     global_size: PositiveInt = 128
     """Rows per optimizer step, over all workers."""
     micro_size: PositiveInt = 16
-    """Rows that one worker puts through the model at once."""
+    """Rows that one worker puts through the model at once, unless `max_tokens` is given."""
+    max_tokens: PositiveInt | None = None
+    """Positions, padding included, that one worker puts through the model at once: as many rows as fit."""
+    max_images: PositiveInt | None = None
+    """With `max_tokens`: images that it puts through the tower at once."""
+    pack_to: PositiveInt | None = None
+    """With `max_tokens`: pack rows one behind the other into lines of up to this many tokens; hardly any padding."""
+
+    @property
+    def micro_batch(self) -> int | TokenBudget:
+        """What one worker puts through the model at once, as the feed takes it."""
+        return TokenBudget(self.max_tokens, self.max_images, self.pack_to) if self.max_tokens else self.micro_size
+
+    @model_validator(mode="after")
+    def _budget_is_whole(self) -> BatchSettings:
+        lonely = [name for name in ("max_images", "pack_to") if getattr(self, name) is not None]
+        if lonely and not self.max_tokens:
+            raise ValueError(f"batch.{lonely[0]} bounds micro-batches of batch.max_tokens, which is not given")
+        return self
 
 
 class OptimSettings(Section):
@@ -107,17 +136,41 @@ class DeepSpeedSettings(Section):
     """Further fields of DeepSpeed's configuration, passed through and laid over ours."""
 
 
+def _one_alone(value: Any) -> Any:
+    """A flag that may take two numbers gives one as a list of one."""
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+
 class ScalingSettings(Section):
     """What a run asks of the cluster."""
 
-    num_workers: PositiveInt = 8
-    """Workers, one process each."""
+    num_workers: Annotated[PositiveInt | tuple[PositiveInt, PositiveInt], BeforeValidator(_one_alone)] = 8
+    """Workers, one process each. Two numbers: as many between them as the cluster has room for, at each (re)start."""
+    resize_every_s: Annotated[float, Field(gt=0)] = 600.0
+    """With two numbers of workers: seconds between looks whether there is room for more."""
     cpus_per_worker: PositiveInt = 8
     """CPUs that a worker reserves."""
     gpus_per_worker: Annotated[int, Field(ge=0, le=1)] = 1
     """1: each worker trains on a GPU of its own. 0: on the CPU."""
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     """How Ray places the workers on the nodes."""
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """The smallest and the largest number of workers."""
+        return (self.num_workers, self.num_workers) if isinstance(self.num_workers, int) else self.num_workers
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the number of workers may change while the run goes on."""
+        return not isinstance(self.num_workers, int)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ScalingSettings:
+        smallest, largest = self.bounds
+        if smallest > largest:
+            raise ValueError(f"scaling.num_workers: the smallest number {smallest} is above the largest {largest}")
+        return self
 
 
 class RunSettings(Section):
@@ -136,7 +189,15 @@ class RunSettings(Section):
     keep: Annotated[int, Field(ge=2)] = 2
     """Checkpoints kept. At least 2, so that there is one to fall back to."""
     max_failures: Annotated[int, Field(ge=0)] = 3
-    """Restarts from the last checkpoint before a failing run gives up."""
+    """Restarts from the last checkpoint before a failing run gives up. Machines that are taken away do not count."""
+    max_failed_saves: PositiveInt = 3
+    """Checkpoints in a row that an object store may refuse before the run ends; it goes on without the first ones."""
+    max_bad_steps: PositiveInt = 3
+    """Steps in a row without finite gradients before the run ends. Each of them leaves the weights as they are."""
+    hang_timeout_s: Annotated[float, Field(gt=0)] = 900.0
+    """Seconds without a step after which the run counts as hung; more than the slowest step or save takes."""
+    start_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
+    """Seconds that the run waits for its workers, at the start and after each loss of one."""
 
 
 class TrainSettings(JobSettings):
@@ -167,12 +228,16 @@ class TrainSettings(JobSettings):
 
     @model_validator(mode="after")
     def _batches_divide(self) -> TrainSettings:
-        at_once = self.batch.micro_size * self.scaling.num_workers
-        if self.batch.global_size % at_once:
-            raise ValueError(
-                f"batch.global_size {self.batch.global_size} is not divisible by {at_once} "
-                f"(batch.micro_size {self.batch.micro_size} x scaling.num_workers {self.scaling.num_workers})"
-            )
+        # Between the two ends of an elastic run any number may turn up; the feed then evens the shares out.
+        for num_workers in self.scaling.bounds:
+            at_once = self.batch.micro_size * num_workers
+            if self.batch.global_size % at_once and not self.batch.max_tokens:
+                raise ValueError(
+                    f"batch.global_size {self.batch.global_size} is not divisible by {at_once} "
+                    f"(batch.micro_size {self.batch.micro_size} x scaling.num_workers {num_workers})"
+                )
+        if self.deepspeed.stage == 0 and self.precision == "bf16":
+            raise ValueError("deepspeed.stage 0 keeps no fp32 weights beside bf16 ones: use stage 1, or precision fp32")
         unused = sorted(set(self.optim.part_lr) - set(self.train_parts))
         if unused:
             raise ValueError(f"optim.part_lr names {unused}, which train_parts {self.train_parts} does not train")

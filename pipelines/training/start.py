@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoTokenizer
 
@@ -16,6 +17,7 @@ from flashsloth import (
 from flashsloth.backbones import build_from_backbones
 from flashsloth.configuration_flashsloth import TILES
 from pipelines.encode import encoder_facts
+from pipelines.feed import BudgetError, TokenBudget
 from pipelines.shards.manifest import Manifest
 from pipelines.training.export import fetch_export, load_export
 from pipelines.training.process import seed_start
@@ -83,6 +85,12 @@ def check_start(settings: TrainSettings, manifests: dict[str, Manifest], process
                 f"{settings.train_parts} trains the vision_tower: prepare the data with payload 'pixels' or "
                 "'original', or leave the tower out"
             )
+        if isinstance(settings.batch.micro_batch, TokenBudget):
+            lengths = np.array([tokens for shard in manifest.shards for tokens in shard.num_tokens])
+            try:
+                settings.batch.micro_batch.check(lengths)
+            except BudgetError as error:
+                raise StartError(f"{folder}: {error}") from error
         if manifest.processor_identity != processor.identity():
             raise StartError(
                 f"{folder} was prepared by processor {manifest.processor_identity[:12]} (tiling {manifest.tiling}, "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from flashsloth import FlashSlothImageProcessor, FlashSlothProcessor
-from jobs.train import main
+from jobs.train import STOPPED_EXIT_CODE, main
 from pipelines import storage
 from pipelines.training.export import ExportError, fetch_export, load_export
 from pipelines.training.metrics import read_metrics
@@ -101,23 +102,30 @@ def test_more_workers_than_the_cluster_can_ever_give_are_refused_with_both_numbe
 
 @pytest.mark.ray
 @pytest.mark.s3
-def test_a_run_reads_from_and_resumes_on_an_object_store(s3_uri, flags, processor):
+@pytest.mark.timeout(600)
+def test_a_run_on_an_object_store_saves_and_ends_at_sigterm_and_goes_on_from_there(s3_uri, flags, processor):
     """As anyone would run it: a process of its own, which starts its own cluster."""
     data = write_prepared(f"{s3_uri}/data", coloured_rows(12), processor, layout="caption")
-    small = {"batch.global_size": "4", "batch.micro_size": "2", "run.log_every": "1", "run.checkpoint_every": "1"}
+    small = {"batch.global_size": "4", "batch.micro_size": "2", "run.log_every": "1", "run.checkpoint_every": "10"}
     flags |= {"data.folders": data, "run.storage": f"{s3_uri}/runs", "run.name": "far", **small}
 
-    def run(max_steps: int) -> str:
-        command = [sys.executable, str(RECIPES.parent / "train.py"), *words(flags | {"max_steps": str(max_steps)})]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout
+    command = [sys.executable, str(RECIPES.parent / "train.py"), *words(flags | {"max_steps": "30"})]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as job:
+        started = next(line for line in job.stdout if "checkpoint" in line)
+        next(line for line in job.stdout if line.startswith("step "))
+        job.send_signal(signal.SIGTERM)
+        _, complaint = job.communicate(timeout=120)
+    assert "no checkpoint yet: starting at step 0" in started
+    assert job.returncode == STOPPED_EXIT_CODE == 75, complaint[-3000:]
+    stopped = re.search(r"stopped at step (\d+) of 30, with a checkpoint of this step; run the same command", complaint)
+    step = int(stopped[1])
+    assert 0 < step < 30
 
-    assert "no checkpoint yet: starting at step 0" in run(2)
-    said = run(3)
-    assert re.search(r"resuming from \S+/runs/far/step-00000002-\w+ \(step 2, every file verified\)", said)
-    assert f"the model is in {s3_uri}/runs/far/export" in said
-    assert [line["step"] for line in read_metrics(f"{s3_uri}/runs/far")] == [1, 2, 3]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.search(rf"resuming from \S+/runs/far/step-{step:08d}-\w+ \(step {step}, every file verified", done.stdout)
+    assert f"the model is in {s3_uri}/runs/far/export" in done.stdout
+    assert [line["step"] for line in read_metrics(f"{s3_uri}/runs/far")] == list(range(1, 31))
     assert load_export(f"{s3_uri}/runs/far/export", torch.float32).config.text_config.hidden_size == 32
     storage.filesystem(s3_uri)[0].rm(f"{s3_uri}/runs/far/export/export.json")
     with pytest.raises(ExportError, match="no checkpoint, or its export was killed half-way"):

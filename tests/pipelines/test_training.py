@@ -20,9 +20,12 @@ from pipelines.training.checkpoint import (
     CheckpointError,
     CheckpointManifest,
     FileEntry,
+    Progress,
     RunIdentity,
+    find_problem,
+    read_manifest,
     refuse_changed_run,
-    verify,
+    sha256_of,
 )
 from pipelines.training.export import ExportError, fetch_export, load_export, read_export_step, write_export
 from pipelines.training.metrics import RunLog, read_metrics, readable
@@ -96,6 +99,9 @@ def test_the_tiny_recipes_train_on_two_cpus(name):
         ({"train_parts": ["tower"]}, "'vision_tower', 'pooling'"),
         ({"optim": {"part_lr": {"vision_tower": 1e-6}}}, r"names \['vision_tower'\], which train_parts"),
         ({"run": {"name": "x", "keep": 1}}, "greater than or equal to 2"),
+        ({"scaling": {"num_workers": [4, 12]}}, r"128 is not divisible by 192 .*16 x .*12"),
+        ({"scaling": {"num_workers": [8, 4]}}, "smallest number 8 is above the largest 4"),
+        ({"deepspeed": {"stage": 0}}, "stage 0 keeps no fp32 weights"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(changes, words):
@@ -137,7 +143,7 @@ def test_learning_rates_follow_each_groups_peak(model):
 
 def test_deepspeeds_configuration_follows_the_recipe_and_takes_options():
     settings = recipe("instruct-hd", deepspeed={"stage": 2, "options": {"zero_optimization": {"overlap_comm": False}}})
-    config = deepspeed_config(settings)
+    config = deepspeed_config(settings, world_size=8)
     assert config["train_batch_size"] == 128
     assert config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"] * 8 == 128
     assert config["zero_optimization"]["stage"] == 2 and config["zero_optimization"]["overlap_comm"] is False
@@ -225,62 +231,54 @@ IDENTITY = RunIdentity(
     length_group=8,
     train_parts=["pooling"],
     precision="fp32",
-    zero_stage=2,
-    num_workers=2,
 )
 
 
 @pytest.fixture
 def checkpoint(tmp_path) -> Path:
     folder = tmp_path / "run" / "step-00000004-aa"
-    (folder / "state").mkdir(parents=True)
+    folder.mkdir(parents=True)
     entries = []
-    for name in ("state/a.pt", "state/b.pt"):
+    for name in ("rank-0", "rank-1"):
         (folder / name).write_bytes(name.encode() * 100)
-        digest = process_sha256(folder / name)
+        digest = sha256_of(folder / name)
         entries.append(FileEntry(name=name, bytes=(folder / name).stat().st_size, sha256=digest))
-    manifest = CheckpointManifest(step=4, position=Position(1, 2, 30), run=IDENTITY, files=entries)
+    progress = Progress(step=4, position=Position(1, 2, 30))
+    manifest = CheckpointManifest(progress=progress, updates=4, run=IDENTITY, world_size=2, files=entries)
     (folder / "checkpoint.json").write_text(manifest.model_dump_json())
     return folder
 
 
-def process_sha256(path: Path) -> str:
-    import hashlib
-
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def problem_of(folder: Path) -> str | None:
+    manifest = read_manifest(str(folder))
+    return manifest if isinstance(manifest, str) else find_problem(folder, manifest.files)
 
 
 def test_an_untouched_checkpoint_verifies_and_keeps_its_position(checkpoint):
-    assert verify(checkpoint) is None
+    assert problem_of(checkpoint) is None
     read = CheckpointManifest.model_validate_json((checkpoint / "checkpoint.json").read_bytes())
-    assert (read.step, read.position, read.run) == (4, Position(1, 2, 30), IDENTITY)
+    assert (read.progress, read.run) == (Progress(step=4, position=Position(1, 2, 30)), IDENTITY)
 
 
 @pytest.mark.parametrize(
     ("damage", "problem"),
     [
-        (lambda folder: (folder / "state/b.pt").unlink(), "state/b.pt is missing"),
-        (lambda folder: (folder / "state/b.pt").write_bytes(b"short"), "state/b.pt has 5 bytes, 1000 were written"),
-        (lambda folder: (folder / "state/b.pt").write_bytes(b"x" * 1000), "state/b.pt has sha256"),
+        (lambda folder: (folder / "rank-1").unlink(), "rank-1 is missing"),
+        (lambda folder: (folder / "rank-1").write_bytes(b"short"), "rank-1 has 5 bytes, 600 were written"),
+        (lambda folder: (folder / "rank-1").write_bytes(b"x" * 600), "rank-1 has sha256"),
         (lambda folder: (folder / "checkpoint.json").unlink(), "was never completed"),
-        (lambda folder: (folder / "checkpoint.json").write_text('{"version": 1'), "checkpoint.json is damaged"),
+        (lambda folder: (folder / "checkpoint.json").write_text('{"version": 2'), "checkpoint.json is damaged"),
     ],
 )
 def test_damage_is_found_and_named(checkpoint, damage, problem):
     damage(checkpoint)
-    assert problem in verify(checkpoint)
-
-
-def test_workers_of_a_machine_share_the_files_out(checkpoint):
-    (checkpoint / "state/b.pt").unlink()
-    assert verify(checkpoint, 0, 2) is None
-    assert "b.pt" in verify(checkpoint, 1, 2)
+    assert problem in problem_of(checkpoint)
 
 
 def test_a_run_is_not_continued_with_other_settings(checkpoint):
     refuse_changed_run(str(checkpoint.parent), IDENTITY)
-    changed = IDENTITY.model_copy(update={"num_workers": 4, "seed": 1})
-    with pytest.raises(CheckpointError, match=r"seed was 0 and is now 1; num_workers was 2 and is now 4"):
+    changed = IDENTITY.model_copy(update={"precision": "bf16", "seed": 1})
+    with pytest.raises(CheckpointError, match=r"seed was 0 and is now 1; precision was 'fp32' and is now 'bf16'"):
         refuse_changed_run(str(checkpoint.parent), changed)
     refuse_changed_run(str(checkpoint.parent / "elsewhere"), changed)
 
@@ -375,7 +373,7 @@ def test_dropout_is_a_function_of_seed_step_and_rank():
 
 
 def test_the_checkpoint_manifest_is_plain_json(checkpoint):
-    assert json.loads((checkpoint / "checkpoint.json").read_text())["position"] == {
+    assert json.loads((checkpoint / "checkpoint.json").read_text())["progress"]["position"] == {
         "epoch": 1,
         "batch": 2,
         "samples_seen": 30,

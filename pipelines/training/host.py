@@ -1,0 +1,144 @@
+"""What a worker asks of, and tells to, whoever runs it: Ray Train with a supervisor on the driver, or nobody."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from enum import IntEnum
+from pathlib import Path
+from typing import Any, Literal
+
+import ray
+import ray.train
+from pydantic import BaseModel
+from ray.actor import ActorHandle
+from ray.train import Checkpoint, CheckpointUploadMode
+from ray.train.v2._internal.execution.context import get_train_context
+
+from pipelines.training.checkpoint import remove_remains
+from pipelines.training.ranks import Ranks
+
+_BEAT_S = 2.0
+
+
+class Request(IntEnum):
+    """What a worker is asked to do at the end of its step; of several the largest counts."""
+
+    NOTHING = 0
+    CHECKPOINT = 1
+    """Save now and go on: a machine of this run is about to be taken away."""
+    STOP = 2
+    """Save now and end: the job is being stopped."""
+
+
+class Outcome(BaseModel):
+    """How the workers ended, where restarting them is no use."""
+
+    kind: Literal["stopped", "failed"]
+    message: str
+
+
+class Host:
+    """Nobody: what a run without Ray does."""
+
+    def request(self) -> Request:
+        """What this rank has been asked to do since it last asked; the ranks agree among themselves."""
+        return Request.NOTHING
+
+    def report(self, name: str, step: int) -> None:
+        """The checkpoint of `step` is complete. Every rank calls this, between the same two steps."""
+
+    def clean(self, run_uri: str, ranks: Ranks) -> None:
+        """Remove what killed attempts left in the run's folder."""
+
+    def end(self, outcome: Outcome) -> None:
+        """The workers end now, for a reason that a restart would not mend."""
+        raise SystemExit(outcome.message)
+
+
+class Supervisor:
+    """An actor beside the driver: takes its word to the workers, and theirs to it."""
+
+    def __init__(self) -> None:
+        self._stop = asyncio.Event()
+        self._outcome: Outcome | None = None
+        self._last_beat = time.monotonic()
+
+    async def stop(self) -> None:
+        """Ask the workers to save and end."""
+        self._stop.set()
+
+    async def stop_asked(self) -> bool:
+        """Whether they have been asked to; waits a moment for it. Counts as a sign of life."""
+        self._last_beat = time.monotonic()
+        try:
+            await asyncio.wait_for(self._stop.wait(), _BEAT_S)
+        except TimeoutError:
+            return False
+        return True
+
+    async def quiet_for(self) -> float:
+        """Seconds since a worker last gave a sign of life, or since the start."""
+        return time.monotonic() - self._last_beat
+
+    async def end(self, outcome: dict[str, Any]) -> None:
+        """Keep how the workers ended."""
+        self._outcome = Outcome.model_validate(outcome)
+
+    async def outcome(self) -> dict[str, Any] | None:
+        """How the workers ended."""
+        return self._outcome.model_dump() if self._outcome else None
+
+
+class RayHost(Host):
+    """Ray Train, and a `Supervisor`."""
+
+    def __init__(self, supervisor: ActorHandle | None, rank: int) -> None:
+        self._supervisor = supervisor
+        self._rank = rank
+        self._stopping = threading.Event()
+        self._notice: Any = None
+        if supervisor and rank == 0:
+            threading.Thread(target=self._listen, name="supervisor", daemon=True).start()
+
+    def request(self) -> Request:
+        """As `Host.request`: a stop from the driver, a checkpoint where Ray says that a node is being drained."""
+        if self._stopping.is_set():
+            return Request.STOP
+        # `ray.train.get_preemption_info` is a barrier over an actor; this is what it reads, and the ranks agree anyway.
+        notice = get_train_context().preemption_context.preemption_info
+        if notice is not None and notice != self._notice:
+            self._notice = notice
+            return Request.CHECKPOINT
+        return Request.NOTHING
+
+    def report(self, name: str, step: int) -> None:
+        """As `Host.report`: from now on Ray Train counts it among the checkpoints that it keeps and deletes."""
+        place = ray.train.get_context().get_storage()
+        ray.train.report(
+            {"step": step},
+            checkpoint=Checkpoint(f"{place.experiment_fs_path}/{name}", place.storage_filesystem),
+            checkpoint_dir_name=name,
+            checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
+        )
+
+    def clean(self, run_uri: str, ranks: Ranks) -> None:
+        """As `Host.clean`: Ray Train deletes old checkpoints, but only those that were reported to it."""
+        remove_remains(
+            run_uri, {Path(each.checkpoint.path).name for each in ray.train.get_all_reported_checkpoints()}, ranks
+        )
+
+    def end(self, outcome: Outcome) -> None:
+        """As `Host.end`."""
+        if self._supervisor and self._rank == 0:
+            ray.get(self._supervisor.end.remote(outcome.model_dump()))
+
+    def _listen(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                asked = ray.get(self._supervisor.stop_asked.remote())  # type: ignore[union-attr]
+            except ray.exceptions.RayError:
+                return  # the driver is gone, and this process goes with it
+            if asked:
+                self._stopping.set()
