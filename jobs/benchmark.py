@@ -4,6 +4,7 @@
     python jobs/benchmark.py data --s3 s3://BUCKET/F  # and on an object store; AWS_ENDPOINT_URL names another than AWS
     python jobs/benchmark.py train                    # a step against the published forward, the feed, padding
     python jobs/benchmark.py annotate                 # one annotation worker against the engine in it
+    python jobs/benchmark.py serve                    # the service against a loop, static batching and its own engine
     python jobs/benchmark.py data --quick             # small enough to see whether it runs; its figures mean nothing
 
 Ends with status 0 where every bound is met, 1 where one is not.
@@ -17,6 +18,7 @@ from typing import Any
 
 from pipelines.benchmarks.annotating import AnnotateBenchmark, measure_annotate
 from pipelines.benchmarks.data import DataBenchmark, measure_data
+from pipelines.benchmarks.serving import ServeBenchmark, measure_serve
 from pipelines.benchmarks.settings import BenchmarkSettings
 from pipelines.benchmarks.table import Report
 from pipelines.benchmarks.training import TrainBenchmark, measure_train
@@ -26,6 +28,7 @@ from pipelines.settings import load_settings
 _SUBJECTS: dict[str, tuple[type[BenchmarkSettings], Callable[[Any], Report]]] = {
     "annotate": (AnnotateBenchmark, measure_annotate),
     "data": (DataBenchmark, measure_data),
+    "serve": (ServeBenchmark, measure_serve),
     "train": (TrainBenchmark, measure_train),
 }
 

@@ -88,7 +88,7 @@ class _Bench:
         self.few = write_rows(self.corpus, _FEW, settings.photos, settings.seed)
         self.checkpoint = self.corpus / "model"
         processor = FlashSlothProcessor.from_pretrained(self.corpus / "processor")
-        _write_checkpoint(self.checkpoint, processor, settings.seed)
+        write_checkpoint(self.checkpoint, processor, settings.seed)
         torch.set_num_threads(1)  # as in the worker
         disable_progress_bar()
         # Without a cache of images: what the engine remembers of the round before, a new worker would have to encode.
@@ -144,7 +144,7 @@ class _Bench:
         return [encoder.prompt(messages, pictures[name], sampling) for name in names]
 
 
-def _write_checkpoint(folder: Path, processor: FlashSlothProcessor, seed: int) -> None:
+def write_checkpoint(folder: Path, processor: FlashSlothProcessor, seed: int) -> None:
     """A small model at the full picture size, whose answers never end before `max_tokens`."""
     torch.manual_seed(seed)
     config = FlashSlothConfig.tiny(

@@ -1,0 +1,270 @@
+"""`jobs/benchmark.py serve`: the service through HTTP, against a plain loop, static batching and the bare engine.
+
+Every contestant answers the same questions, one photo each, with a model whose answers never end before `max_tokens`.
+The loop and the bare engine get their prompts ready made; over HTTP, pictures travel as JPEG in base64.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import socket
+import time
+from collections.abc import Callable
+from functools import partial
+from itertools import cycle
+from pathlib import Path
+from random import Random
+from statistics import median
+
+import aiohttp
+import ray
+import torch
+from pydantic import PositiveInt
+from ray import serve
+from ray.serve.config import HTTPOptions
+from ray.serve.schema import LoggingConfig
+from transformers.utils.logging import disable_progress_bar
+
+from flashsloth import FlashSlothImageProcessor, FlashSlothProcessor
+from flashsloth.image_processing_flashsloth import decode_image
+from pipelines.benchmarks.annotating import write_checkpoint
+from pipelines.benchmarks.machine import describe_machine
+from pipelines.benchmarks.photos import draw_corpus
+from pipelines.benchmarks.rounds import Figures, Rounds, take_turns, timed
+from pipelines.benchmarks.settings import BenchmarkSettings
+from pipelines.benchmarks.static_engine import build_static_app, generate
+from pipelines.benchmarks.table import Bound, Report, Table
+from pipelines.ray_session import start_ray
+from pipelines.serving.app import build_app
+from pipelines.serving.engine import Encoder, Engine, EngineSettings, Prompt
+from pipelines.serving.sampling import Sampling
+from pipelines.serving.settings import ServeArgs
+
+_QUESTION = "What is in the picture?"
+_LENGTHS = (16, 128)
+_MIXED = (4, 128)
+_AT = 16  # concurrent requests at which the bounds hold
+_QUIET = LoggingConfig(log_level="ERROR", enable_access_log=False)
+
+
+class ServeBenchmark(BenchmarkSettings):
+    """The service on the CPU, one engine on one thread."""
+
+    photos: PositiveInt = 64
+    """Made-up photos of about 500 x 400 pixels, asked about in turn."""
+    concurrent: tuple[PositiveInt, ...] = (1, 4, 16, 64)
+    """Requests at the same time."""
+    requests_per_client: PositiveInt = 4
+    """How many requests each of them sends, one after the other."""
+    seed: int = 0
+    """Of photos, weights and mixed lengths."""
+
+
+def measure_serve(settings: ServeBenchmark) -> Report:
+    """Run the whole benchmark."""
+    if settings.quick:
+        settings = settings.model_copy(
+            update={"photos": 8, "rounds": 1, "concurrent": (1, 16), "requests_per_client": 1}
+        )
+    machine = describe_machine()
+    bench = _Bench(settings)
+    try:
+        rounds = take_turns(bench.contestants(), settings.rounds, say=lambda line: print(line, flush=True))
+    finally:
+        bench.close()
+    return Report(
+        name="serve",
+        machine=machine,
+        settings=settings.model_dump(),
+        tables=_tables(settings, rounds),
+        bounds=_bounds(rounds),
+        measured={"serve": rounds.record()},
+    )
+
+
+class _Bench:
+    """Two running applications on one Ray, and the same model in this process."""
+
+    def __init__(self, settings: ServeBenchmark) -> None:
+        self.settings = settings
+        corpus = draw_corpus(Path(settings.output) / "work", settings.photos, settings.seed)
+        tokenizer = FlashSlothProcessor.from_pretrained(corpus / "processor").tokenizer
+        # The tiny preset's own picture size: at 384 pixels its tower would outweigh all else.
+        processor = FlashSlothProcessor(FlashSlothImageProcessor(size=126), tokenizer, num_image_tokens=9)
+        disable_progress_bar()
+        write_checkpoint(corpus / "tiny", processor, settings.seed)
+        torch.set_num_threads(1)  # as in a replica with one CPU
+        photos = sorted(corpus.rglob("*.jpg"))[: settings.photos]
+        self.uris = ["data:image/jpeg;base64," + base64.b64encode(path.read_bytes()).decode() for path in photos]
+        encoder = Encoder(processor)
+        messages = [{"role": "user", "content": _QUESTION}]
+        self.prompts = [encoder.prompt(messages, decode_image(path.read_bytes())) for path in photos]
+        # Without a cache of images: the others have none.
+        budgets = EngineSettings(max_slots=_AT, max_length=512, max_waiting=256, image_cache_bytes=0)
+        self.engine = Engine.from_checkpoint(corpus / "tiny", "cpu", "float32", budgets)
+        args = ServeArgs(
+            checkpoint=str(corpus / "tiny"),
+            model_name="bench",
+            device="cpu",
+            num_cpus=0.5,  # both engines stay, and take turns
+            ingress_num_cpus=0.25,
+            engine=budgets,
+        )
+        self.address = _start(args)
+
+    def contestants(self) -> dict[str, Callable[[], Figures]]:
+        """Everything that is run once a round."""
+        found: dict[str, Callable[[], Figures]] = {}
+        for length in _LENGTHS:
+            found[f"loop, {length} tokens"] = partial(self.loop, length)
+            found[f"engine, {length} tokens"] = partial(self.bare_engine, length)
+            for clients in self.settings.concurrent:
+                for name in ("service", "static"):
+                    lengths = [length] * (clients * self.settings.requests_per_client)
+                    found[f"{name}, {length} tokens, {clients}"] = partial(self.http, name, clients, lengths)
+        source = Random(self.settings.seed)
+        mixed = [source.randint(*_MIXED) for _ in range(_AT * self.settings.requests_per_client)]
+        for name in ("service", "static"):
+            found[f"{name}, mixed, {_AT}"] = partial(self.http, name, _AT, mixed)
+        found["first token, engine"] = self.first_token_of_engine
+        found["first token, service"] = lambda: asyncio.run(self._first_tokens())
+        return found
+
+    def loop(self, length: int) -> Figures:
+        """One `model.generate` after the other."""
+        prompts = self._asked([length] * (4 if self.settings.quick else 12))
+        seconds = timed(lambda: [generate(self.engine.model, self.engine.processor, [prompt]) for prompt in prompts])
+        return {"requests_per_s": len(prompts) / seconds}
+
+    def bare_engine(self, length: int) -> Figures:
+        """As many requests at once as the bounds speak of, without anything around the engine."""
+        prompts = self._asked([length] * (_AT * self.settings.requests_per_client))
+        return {"requests_per_s": len(prompts) / timed(lambda: self.engine.generate(prompts))}
+
+    def http(self, name: str, clients: int, lengths: list[int]) -> Figures:
+        """`clients` clients, each sending its share of the requests one after the other."""
+        return {"requests_per_s": len(lengths) / timed(lambda: asyncio.run(self._ask_all(name, clients, lengths)))}
+
+    def first_token_of_engine(self) -> Figures:
+        """From handing in a prompt to its first text, alone."""
+        times = []
+        for prompt in self._asked([_LENGTHS[0]] * self._num_alone):
+            start = time.perf_counter()
+            chunks = self.engine.stream(prompt)
+            next(chunk for chunk in chunks if chunk.text)
+            times.append(time.perf_counter() - start)
+            for _ in chunks:
+                pass
+        return {"first_token_ms": 1000 * median(times)}
+
+    def close(self) -> None:
+        """Stop everything."""
+        self.engine.close()
+        ray.shutdown()
+
+    @property
+    def _num_alone(self) -> int:
+        return 5 if self.settings.quick else 40
+
+    def _asked(self, lengths: list[int]) -> list[Prompt]:
+        pairs = zip(cycle(self.prompts), lengths, strict=False)
+        return [
+            Prompt(p.input_ids, p.question_ids, p.pixel_values, Sampling(max_tokens=length), p.image_key)
+            for p, length in pairs
+        ]
+
+    def _body(self, index: int, length: int, stream: bool = False) -> bytes:
+        picture = {"type": "image_url", "image_url": {"url": self.uris[index % len(self.uris)]}}
+        content = [picture, {"type": "text", "text": _QUESTION}]
+        messages = [{"role": "user", "content": content}]
+        body = {"model": "bench", "messages": messages, "max_tokens": length, "stream": stream}
+        return json.dumps(body).encode()
+
+    async def _ask_all(self, name: str, clients: int, lengths: list[int]) -> None:
+        waiting = iter(enumerate(lengths))
+
+        async def client(session: aiohttp.ClientSession) -> None:
+            for index, length in waiting:
+                async with session.post(self._url(name), data=self._body(index, length)) as response:
+                    answer = await response.json()
+                    if response.status != 200 or answer["usage"]["completion_tokens"] != length:
+                        raise ValueError(f"{name}: status {response.status}, asked for {length} tokens: {answer}")
+
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+            await asyncio.gather(*(client(session) for _ in range(clients)))
+
+    async def _first_tokens(self) -> Figures:
+        times = []
+        async with aiohttp.ClientSession() as session:
+            for index in range(self._num_alone):
+                body = self._body(index, _LENGTHS[0], stream=True)
+                start = time.perf_counter()
+                async with session.post(self._url("service"), data=body) as response:
+                    await response.content.readuntil(b"\n\n")  # who speaks
+                    await response.content.readuntil(b"\n\n")  # and the first text
+                    times.append(time.perf_counter() - start)
+                    await response.read()
+        return {"first_token_ms": 1000 * median(times)}
+
+    def _url(self, name: str) -> str:
+        return f"{self.address}/{name}/v1/chat/completions"
+
+
+def _start(args: ServeArgs) -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    start_ray(num_cpus=4)
+    serve.start(http_options=HTTPOptions(host="127.0.0.1", port=port), logging_config=_QUIET)
+    serve.run(build_app(args), name="service", route_prefix="/service", logging_config=_QUIET)
+    serve.run(build_static_app(args), name="static", route_prefix="/static", logging_config=_QUIET)
+    return f"http://127.0.0.1:{port}"
+
+
+def _tables(settings: ServeBenchmark, rounds: Rounds) -> list[Table]:
+    rows = []
+    for length in _LENGTHS:
+        loop = f"loop, {length} tokens"
+        for clients in settings.concurrent:
+            service, static = (f"{name}, {length} tokens, {clients}" for name in ("service", "static"))
+            rows.append([f"{clients} x {length}", *_row(rounds, service, static, loop)])
+    mixed = _row(rounds, f"service, mixed, {_AT}", f"static, mixed, {_AT}", None)
+    rows.append([f"{_AT} x {_MIXED[0]} to {_MIXED[1]}", *mixed])
+    first = [rounds.spread(f"first token, {name}", "first_token_ms").median for name in ("engine", "service")]
+    notes = [
+        f"Concurrent requests x output tokens, one photo each; requests/s, medians of {settings.rounds} rounds. First "
+        f"text alone: {first[0]:.1f} ms in the bare engine, {first[1]:.1f} ms over HTTP, decoding a JPEG included."
+    ]
+    columns = ["requests", "service", "static batching", "of static", "of a loop"]
+    return [Table(title="Serving", columns=columns, rows=rows, notes=notes)]
+
+
+def _row(rounds: Rounds, service: str, static: str, loop: str | None) -> list[str]:
+    figure = "requests_per_s"
+    of_static = rounds.ratio(service, static, figure).median
+    of_loop = "" if loop is None else f"{rounds.ratio(service, loop, figure).median:.2f}"
+    speeds = [f"{rounds.spread(name, figure).median:.1f}" for name in (service, static)]
+    return [*speeds, f"{of_static:.2f}", of_loop]
+
+
+def _bounds(rounds: Rounds) -> list[Bound]:
+    figure = "requests_per_s"
+    bounds = []
+    for length in _LENGTHS:
+        service = f"service, {length} tokens, {_AT}"
+        found = rounds.ratio(service, f"loop, {length} tokens", figure).median
+        bounds.append(_at_least(f"service at {_AT} against a loop, {length} tokens", 4, found))
+        found = rounds.ratio(service, f"engine, {length} tokens", figure).median
+        bounds.append(_at_least(f"service at {_AT} against the bare engine, {length} tokens", 0.85, found))
+    found = rounds.ratio(f"service, mixed, {_AT}", f"static, mixed, {_AT}", figure).median
+    bounds.append(_at_least(f"service at {_AT} against static batching, mixed lengths", 1.5, found))
+    service, engine = (f"first token, {name}" for name in ("service", "engine"))
+    added = median(each[service]["first_token_ms"] - each[engine]["first_token_ms"] for each in rounds.figures)
+    bounds.append(Bound(name="added to the first token, ms", sense="at most", wanted=8, measured=added))
+    return bounds
+
+
+def _at_least(name: str, wanted: float, measured: float) -> Bound:
+    return Bound(name=name, sense="at least", wanted=wanted, measured=measured)
