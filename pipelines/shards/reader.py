@@ -1,15 +1,14 @@
 """A prepared dataset as a sequence: open the manifest, read any row by its number, from a local folder or from S3.
 
-A local shard is memory-mapped where it lies, and checked (size and sha256) when a process first opens it. Shards of an
-object store are fetched whole into a cache folder while they fit into its bound, since training comes back to them, and
-mapped there. Of all others each row is read by a ranged GET and checked against a checksum of its own: a cache that is
-smaller than what is shuffled through it would fetch whole shards for single rows.
+A local shard is memory-mapped in its place: its size is checked when a process opens it, and a row against its checksum
+when it is first read. Shards of an object store are fetched whole into a cache folder while they fit into its bound,
+since training comes back to them, checked by sha256, and mapped there. Of all others each row is read by a ranged GET
+and checked alone: a cache that is smaller than what is shuffled through it would fetch whole shards for single rows.
 """
 
 from __future__ import annotations
 
 import os
-import zlib
 from bisect import bisect_right
 from collections import OrderedDict
 from threading import Lock
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import xxhash
 
 from pipelines import storage
 from pipelines.shards.cache import ShardCache
@@ -111,10 +111,10 @@ class ShardedDataset:
         row = self._fetch_row(entry, index - first) if by_range else self._shard(number).row(index - first)
         sample = {name: row[name][0].as_py() for name in ("key", "id", "source", "messages", "question_types")}
         for name in ("input_ids", "labels", "question_ids"):
-            sample[name] = np.array(row[name][0].values)
+            sample[name] = row[name].values.to_numpy().copy()
         key = row["image_key"][0].as_py() if self._may_share else None
         row = self.images.read(key) if key else row
-        image = row["image"][0].as_buffer()
+        image = _image(row)
         if image is not None:
             field = _ARRAY_FIELDS.get(self.manifest.payload)
             sample[field or "image_bytes"] = _array(row, image) if field else image.to_pybytes()
@@ -127,12 +127,12 @@ class ShardedDataset:
             data = storage.read_range(uri, offsets[position], offsets[position + 1])
         except FileNotFoundError as error:
             raise _missing(entry, uri) from error
-        if (found := zlib.crc32(data)) != checksums[position]:
+        if (found := xxhash.xxh3_64_hexdigest(data)) != checksums[position]:
             raise ShardError(
-                f"{uri}: row {position}: expected {offsets[position + 1] - offsets[position]} bytes with CRC-32 "
-                f"{checksums[position]:08x}, found {len(data)} with {found:08x}: {_CHANGED}"
+                f"{uri}: row {position}: expected {offsets[position + 1] - offsets[position]} bytes with XXH3 "
+                f"{checksums[position]}, found {len(data)} with {found}: {_CHANGED}"
             )
-        return pa.ipc.read_record_batch(pa.ipc.read_message(pa.py_buffer(data)), SAMPLE_SCHEMA)
+        return _row(pa.py_buffer(data))
 
     def _forget(self) -> None:
         self._lock = Lock()
@@ -156,14 +156,30 @@ class _OpenShard:
         self._dataset = dataset
         self._number = number
         self._lock = Lock()
-        self._file: pa.RecordBatchFileReader | None = None
+        self._file: pa.RecordBatchFileReader | None = None  # of a manifest that does not know where rows lie
+        self._data: pa.Buffer | None = None
+        self._intact: set[int] = set()  # rows that agreed with their checksums
 
     def row(self, position: int) -> pa.RecordBatch:
         """Row `position` of the shard: its record batch, a view of the mapped file."""
+        entry = self._dataset.manifest.shards[self._number]
+        if entry.row_offsets is None:
+            with self._lock:
+                if self._file is None:
+                    self._file = pa.ipc.open_file(self._map())
+                return self._file.get_batch(position)
         with self._lock:
-            if self._file is None:
-                self._file = pa.ipc.open_file(self._map())
-            return self._file.get_batch(position)
+            if self._data is None:
+                self._data = self._map().read_buffer()
+        start, stop = entry.row_offsets[position : position + 2]
+        message = self._data.slice(start, stop - start)
+        if position not in self._intact:
+            if xxhash.xxh3_64_hexdigest(message) != (entry.row_checksums or [])[position]:
+                uri = storage.join(self._dataset.folder, entry.name)
+                check(entry, uri, self._data)
+                raise ShardError(f"{uri}: row {position} is not what the manifest says, the whole shard is: {_CHANGED}")
+            self._intact.add(position)
+        return _row(message)
 
     def _map(self) -> pa.MemoryMappedFile:
         dataset, entry = self._dataset, self._dataset.manifest.shards[self._number]
@@ -172,7 +188,9 @@ class _OpenShard:
         if not os.path.exists(path):
             raise _missing(entry, uri)
         source = pa.memory_map(path)
-        if self._number not in dataset._checked:
+        if entry.row_offsets is not None:
+            _check_size(entry, uri, source.size())
+        elif self._number not in dataset._checked:
             check(entry, uri, source.read_buffer())
             dataset._checked.add(self._number)
         return source
@@ -180,11 +198,15 @@ class _OpenShard:
 
 def check(entry: ShardEntry | QuarantineEntry, uri: str, data: bytes | pa.Buffer) -> None:
     """Raise ShardError unless `data`, found at `uri`, is what `entry` says was written."""
-    if len(data) != entry.bytes:
-        raise ShardError(f"{uri}: expected {entry.bytes} bytes, found {len(data)}: {_CHANGED}")
+    _check_size(entry, uri, len(data))
     digest = storage.sha256(memoryview(data))
     if digest != entry.sha256:
         raise ShardError(f"{uri}: expected sha256 {entry.sha256}, found {digest}: {_CHANGED}")
+
+
+def _check_size(entry: ShardEntry | QuarantineEntry, uri: str, size: int) -> None:
+    if size != entry.bytes:
+        raise ShardError(f"{uri}: expected {entry.bytes} bytes, found {size}: {_CHANGED}")
 
 
 def _fetch(entry: ShardEntry, uri: str) -> bytes:
@@ -201,6 +223,20 @@ def _missing(entry: ShardEntry, uri: str) -> ShardError:
         f"{uri}: expected {entry.bytes} bytes with sha256 {entry.sha256}, found no such file: "
         "restore it, or prepare the dataset again"
     )
+
+
+def _row(message: pa.Buffer) -> pa.RecordBatch:
+    return pa.ipc.read_record_batch(pa.ipc.read_message(message), SAMPLE_SCHEMA)
+
+
+def _image(row: pa.RecordBatch) -> pa.Buffer | None:
+    """A view of the row's image: the scalar that `row["image"][0]` makes would be a copy."""
+    column = row["image"]
+    if column.null_count:
+        return None
+    _, offsets, data = column.buffers()
+    start, stop = np.frombuffer(offsets, np.int64)[column.offset : column.offset + 2].tolist()
+    return data.slice(start, stop - start)
 
 
 def _array(row: pa.RecordBatch, image: pa.Buffer) -> np.ndarray:

@@ -7,12 +7,12 @@ to an image of 100 kB or more.
 
 from __future__ import annotations
 
-import zlib
 from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import xxhash
 
 from pipelines import storage
 from pipelines.shards.manifest import ShardEntry
@@ -61,7 +61,7 @@ def write_shard(folder: str, samples: pa.Table) -> ShardEntry:
         has_image=pc.or_(samples["image"].is_valid(), samples["image_key"].is_valid()).to_pylist(),
         num_turns=[int(ids.max(initial=0)) for ids in _arrays(samples["question_ids"])],
         row_offsets=offsets,
-        row_checksums=[zlib.crc32(data[start:stop]) for start, stop in pairwise(offsets)],
+        row_checksums=[xxhash.xxh3_64_hexdigest(data[start:stop]) for start, stop in pairwise(offsets)],
     )
 
 
