@@ -1,13 +1,19 @@
 """Images -> pixels and tokens in three ways: a bare loop, a PyTorch DataLoader, and the preparation of this project.
 
 All three run the same functions on the same files. The bare loop is one process that does nothing else: it neither
-writes nor hashes. Every contestant's start-up (processes, imports, a first look at the files) is left out.
+writes nor hashes, and neither does the DataLoader. Nobody's start-up is counted: processes and their imports are up
+before, and of a preparation the time of another one of a handful of rows is taken off, in the same round.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import os
+import shutil
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +23,12 @@ from torch.utils.data import DataLoader, Dataset
 from flashsloth import FlashSlothProcessor
 from flashsloth.collation import collate
 from flashsloth.image_processing_flashsloth import decode_image
+from pipelines import storage
+from pipelines.benchmarks.processes import tree_cpu_s
 from pipelines.benchmarks.rounds import Figures
 from pipelines.corpora.llava import record
+from pipelines.preparation.settings import PrepareSettings, SourceSettings
+from pipelines.prepare import prepare
 
 _BATCH = 32
 
@@ -42,33 +52,122 @@ class Photos(Dataset[dict[str, Any]]):
         return {**self.processor.encode(record.messages, has_image=True), "pixel_values": pixels}
 
 
-def bare_loop(corpus: Path, rows: Path) -> Figures:
+def bare_loop(photos: Photos) -> Figures:
     """One process, one row after the other."""
-    photos = Photos(corpus, rows)
-    photos[0]
-    return _rate(photos, lambda: [photos[row] and None for row in range(len(photos))])
+
+    def work() -> None:
+        for row in range(len(photos)):
+            photos[row]
+
+    with _one_thread():
+        return _measured(len(photos), work)
 
 
-def data_loader(corpus: Path, rows: Path, num_workers: int) -> Figures:
-    """PyTorch's DataLoader, batches of tensors in shared memory."""
-    photos = Photos(corpus, rows)
-    loader = DataLoader(
-        photos,
-        batch_size=_BATCH,
-        num_workers=num_workers,
-        persistent_workers=True,
-        collate_fn=lambda samples: collate(samples, photos.processor.pad_token_id),
-    )
-    return _rate(photos, lambda: [None for _ in loader])
+class LoaderContestant:
+    """PyTorch's DataLoader: batches of tensors in shared memory, by workers that live from round to round."""
+
+    def __init__(self, photos: Photos, num_workers: int) -> None:
+        self._num_rows = len(photos)
+        self._loader = DataLoader(
+            photos,
+            batch_size=_BATCH,
+            num_workers=num_workers,
+            persistent_workers=True,
+            collate_fn=lambda samples: collate(samples, photos.processor.pad_token_id),
+        )
+        next(iter(self._loader))
+
+    def __call__(self) -> Figures:
+        """All rows once."""
+
+        def work() -> None:
+            for _ in self._loader:
+                pass
+
+        return _measured(self._num_rows, work)
 
 
-def _rate(photos: Photos, work: Any) -> Figures:
-    threads = torch.get_num_threads()
+class PrepareContestant:
+    """`jobs/prepare.py` on the cluster that this process is connected to, into a new folder below `output` each time.
+
+    Args:
+        corpus: the photos and the processor.
+        rows: the corpus file.
+        few: another with a handful of rows, whose preparation is all start-up.
+        output: a local folder or a URI.
+    """
+
+    def __init__(self, corpus: Path, rows: Path, few: Path, output: str) -> None:
+        self._corpus, self._rows, self._few, self._output = corpus, rows, few, output
+        self._runs = 0
+
+    def warm_up(self, rows: Path) -> None:
+        """Prepare the corpus file `rows`, so that every worker has its imports and has made chunks."""
+        _quietly(self.settings(rows))
+        remove(self.settings(rows).output)
+
+    def settings(self, rows: Path) -> PrepareSettings:
+        """How the corpus file `rows` is prepared in the run under way."""
+        source = SourceSettings(path=str(rows), image_root=str(self._corpus))
+        output = storage.join(self._output, f"{rows.stem}-{self._runs}")
+        return PrepareSettings(sources=[source], output=output, processor=str(self._corpus / "processor"))
+
+    def __call__(self) -> Figures:
+        """A handful of rows, then all; the difference counts."""
+        if self._runs:
+            self.drop()
+        self._runs += 1
+        start_up = _measured(0, lambda: _quietly(self.settings(self._few)))
+        whole = _measured(0, lambda: _quietly(self.settings(self._rows)))
+        num_rows = sum(1 for _ in self._rows.open()) - sum(1 for _ in self._few.open())
+        seconds, cpu_s = whole["seconds"] - start_up["seconds"], whole["cpu_s"] - start_up["cpu_s"]
+        return _figures(num_rows, seconds, cpu_s) | {"start_up_s": start_up["seconds"]}
+
+    def again(self) -> float:
+        """Seconds of a second run over the finished corpus; it finds that nothing is left to do."""
+        return _measured(0, lambda: _quietly(self.settings(self._rows)))["seconds"]
+
+    def drop(self) -> None:
+        """Remove what the last run wrote."""
+        for rows in (self._few, self._rows):
+            remove(self.settings(rows).output)
+
+
+def remove(uri: str) -> None:
+    """Remove the folder `uri` and all in it."""
+    if storage.is_local(uri):
+        shutil.rmtree(uri, ignore_errors=True)
+    else:
+        file_system, path = storage.filesystem(uri)
+        file_system.rm(path, recursive=True)
+
+
+def _quietly(settings: PrepareSettings) -> None:
+    with contextlib.redirect_stdout(io.StringIO()):
+        prepare(settings)
+
+
+def _measured(num_rows: int, work: Callable[[], None]) -> dict[str, float]:
+    cpu_s, start = tree_cpu_s(), time.perf_counter()
+    work()
+    return _figures(num_rows, time.perf_counter() - start, tree_cpu_s() - cpu_s)
+
+
+def _figures(num_rows: int, seconds: float, cpu_s: float) -> dict[str, float]:
+    rate = {"rows_per_s": num_rows / seconds, "cpu_ms_per_row": 1000 * cpu_s / num_rows} if num_rows else {}
+    return {"seconds": seconds, "cpu_s": cpu_s} | rate
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Neither torch nor the tokenizer may help themselves to the other cores."""
+    threads, tokenizers = torch.get_num_threads(), os.environ.get("TOKENIZERS_PARALLELISM")
     torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
-        start = time.perf_counter()
-        work()
-        seconds = time.perf_counter() - start
+        yield
     finally:
         torch.set_num_threads(threads)
-    return {"seconds": seconds, "rows_per_s": len(photos) / seconds}
+        os.environ.pop("TOKENIZERS_PARALLELISM")
+        if tokenizers is not None:
+            os.environ["TOKENIZERS_PARALLELISM"] = tokenizers

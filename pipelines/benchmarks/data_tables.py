@@ -1,0 +1,65 @@
+"""The tables of `jobs/benchmark.py data`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pipelines.benchmarks.reading import missing
+from pipelines.benchmarks.rounds import Figures, Rounds, Spread
+from pipelines.benchmarks.table import Table
+
+
+def preparing_table(rounds: Rounds, cores: int, bare: str, again: Mapping[str, float]) -> Table:
+    """Images to pixels: rates, and shares of what the bare loop would do on every core."""
+    rows = []
+    for name in rounds.figures[0]:
+        share = rounds.ratio(name, bare, "rows_per_s")
+        # What the bare loop takes of a processor for a row, by what this takes: what is left are costs beside the work.
+        useful = rounds.ratio(bare, name, "cpu_ms_per_row")
+        rows.append(
+            [
+                name,
+                f"{rounds.spread(name, 'rows_per_s').median:,.0f}",
+                _percent(Spread(share.median / cores, share.low / cores, share.high / cores)) if name != bare else "",
+                f"{rounds.spread(name, 'cpu_ms_per_row').median:.2f}",
+                _percent(useful) if name != bare else "",
+            ]
+        )
+    seconds = ", ".join(f"{name} {each:.2f} s" for name, each in again.items())
+    return Table(
+        title="Images to pixels and tokens",
+        columns=["who", "images/s", f"of {bare} x {cores} (lowest to highest)", "CPU ms/image", f"{bare}'s CPU by it"],
+        rows=rows,
+        notes=[
+            f"A second run over the finished corpus decodes nothing: {seconds}.",
+            "CPU: of the process and all that it started, Ray's own processes included; a store's is not.",
+        ],
+    )
+
+
+def growth_table(found: Mapping[int, Figures]) -> Table:
+    """The cost of a row by the number of rows."""
+    rows = [
+        [f"{count:,}", f"{1000 / each['rows_per_s']:.2f}", f"{each['driver_mib']:,.0f}", f"{each['worker_mib']:,.0f}"]
+        for count, each in found.items()
+    ]
+    columns = ["rows", "ms/row", "driver's peak, MiB", "largest worker's peak, MiB"]
+    return Table(title="More rows", columns=columns, rows=rows)
+
+
+def reading_table(where: str, found: Mapping[str, Rounds]) -> Table:
+    """Rows and bytes per second of every format."""
+    rows = []
+    for title, rounds in found.items():
+        own = next(iter(rounds.figures[0]))
+        for name in rounds.figures[0]:
+            rate, size = (rounds.spread(name, figure).median for figure in ("rows_per_s", "mb_per_s"))
+            ratio = f"{rounds.ratio(own, name, 'rows_per_s').median:.2f}" if name != own else ""
+            rows.append([f"{title}: {name}", f"{rate:,.0f}", f"{size:,.0f}", ratio])
+    columns = ["order and reader", "rows/s", "MB/s", "shards by it"]
+    notes = ["WebDataset's tars cannot be read at random.", *missing()]
+    return Table(title=f"Reading rows from {where}", columns=columns, rows=rows, notes=notes)
+
+
+def _percent(share: Spread) -> str:
+    return f"{share.median:.0%} ({share.low:.0%} to {share.high:.0%})"
