@@ -11,6 +11,7 @@ import ray
 import ray.data
 import torch
 from ray.data import ActorPoolStrategy, DataContext
+from ray.data.context import AutoscalingConfig
 from transformers.utils.logging import disable_progress_bar
 
 from pipelines.annotation.answering import Asker, EngineAsker
@@ -51,7 +52,10 @@ def run_chunks(
         ClusterError: Ray itself failed.
     """
     items = [{"number": number, **plan.chunks[number].model_dump()} for number in pending]
-    with DataContext.current(quiet_context()):
+    context = quiet_context()
+    # Ray adds a worker where the others hold 1.75 times the chunks that they run at once. Ours run all that they hold.
+    context.autoscaling_config = AutoscalingConfig(actor_pool_util_upscaling_threshold=1.0)
+    with DataContext.current(context):
         chunks = ray.data.from_items(items, override_num_blocks=len(items))
         receipts = chunks.map_batches(
             AnnotationWorker,
