@@ -31,6 +31,11 @@ SETTINGS = {
     "jobs/annotate.py": AnnotateSettings,
 }
 
+SUBCOMMANDS = {
+    "jobs/prepare.py": ("verify", "inspect", "gc"),
+    "jobs/benchmark.py": ("data", "train", "serve", "annotate"),
+}
+
 
 def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
@@ -63,9 +68,11 @@ def test_jobs_take_these_recipes_and_flags(command: list[str], monkeypatch: pyte
     monkeypatch.chdir(ROOT)
     script, *arguments = command
     assert (ROOT / script).is_file()
-    if arguments[0] == "verify":
-        return
-    load_settings(SETTINGS[script], arguments)
+    if arguments[0] in SUBCOMMANDS.get(script, ()):
+        shown = subprocess.run([sys.executable, script, arguments[0], "--help"], capture_output=True, timeout=120)
+        assert shown.returncode == 0
+    else:
+        load_settings(SETTINGS[script], arguments)
 
 
 @pytest.mark.parametrize("script", sorted({*SETTINGS, "jobs/convert.py", "jobs/quickstart.py"}))
