@@ -13,6 +13,7 @@ from ray.train import ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines import storage
 from pipelines.settings import dump_settings
@@ -127,8 +128,10 @@ def train(settings: TrainSettings, worker: Callable[[dict[str, Any]], None] = tr
 
 
 def _start_supervisor() -> Any:
+    # Beside the driver, as Ray Train's controller: an actor without CPUs may land on any machine, and that one be lost.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     start: Any = ray.remote(num_cpus=0)(Supervisor)
-    return start.remote()
+    return start.options(scheduling_strategy=here).remote()
 
 
 class _Trainer(TorchTrainer):
