@@ -19,6 +19,7 @@ from pipelines.shards.manifest import Manifest
 from pipelines.training.checkpoint import CheckpointError, Progress, RunIdentity, restore
 from pipelines.training.divergence import BadSteps, TrainingDiverged
 from pipelines.training.export import consolidated, read_export_step, write_export
+from pipelines.training.flops import FlopCounter, peak_tflops
 from pipelines.training.host import Host, Outcome, RayHost, Request
 from pipelines.training.metrics import RunLog, StepMeter
 from pipelines.training.optimization import (
@@ -133,6 +134,8 @@ class WorkerRun:
         model = build_model(settings.model, processor, settings.precision, settings.run.seed)
         shape = model.config
         self.patch_shape = (shape.num_tiles, shape.num_patches, shape.vision_config.hidden_size)
+        features = any(dataset.manifest.payload == "features" for dataset in rows.datasets)
+        self.flops = FlopCounter(model.config, settings.train_parts, features)
         freeze(model, settings.train_parts)
         self.optimizer = build_optimizer(model, settings.optim)
         self.engine = _initialize(model, self.optimizer, settings, self.world_size)
@@ -149,7 +152,7 @@ class WorkerRun:
         if start.step >= self.num_steps:
             return
         step, position = start.step, start.position
-        meter = StepMeter(self.device)
+        meter = StepMeter(self.device, self.flops, self._peak_tflops())
         log = RunLog(run_uri(self.settings.run), self.num_steps, start.step) if self.rank == 0 else None
         saver = self._saver()
         with self.loader(position, self.num_steps - step) as loader:
@@ -275,6 +278,10 @@ class WorkerRun:
             figures["samples_seen"] = position.samples_seen
             figures["seconds_left"] = figures["seconds_per_step"] * (self.num_steps - step)
             log.write(step, figures)
+
+    def _peak_tflops(self) -> float | None:
+        stated = self.settings.scaling.peak_tflops
+        return stated or (peak_tflops(self.device) if self.settings.precision == "bf16" else None)
 
     def _factor(self, step: int) -> float:
         return schedule_factor(step, self.num_steps, self.settings.optim)

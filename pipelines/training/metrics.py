@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from pipelines import storage
 from pipelines.feed import GlobalBatch, MicroBatch
+from pipelines.training.flops import FlopCounter
 
 METRICS_NAME = "metrics.jsonl"
 
@@ -32,13 +33,26 @@ class _Window:
     filled: int = 0
     """Positions of this rank's micro-batches that hold a token."""
     positions: int = 0
+    vision_flops: float = 0.0
+    """Of this rank's micro-batches, as `pipelines.training.flops` counts them."""
+    language_flops: float = 0.0
 
 
 class StepMeter:
-    """Gathers a window of steps on every rank, without waiting for the device until the window is read."""
+    """Gathers a window of steps on every rank, without waiting for the device until the window is read.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        device: This rank's.
+        flops: Counts operations; without it none are reported.
+        peak_tflops: What a device can do, in TFLOP/s; without it no share of that is reported.
+    """
+
+    def __init__(
+        self, device: torch.device, flops: FlopCounter | None = None, peak_tflops: float | None = None
+    ) -> None:
         self._device = device
+        self._flops = flops
+        self._peak_tflops = peak_tflops
         self._loss = torch.zeros((), device=device)
         self._window = _Window(time.perf_counter(), 0.0, 0.0)
 
@@ -47,9 +61,13 @@ class StepMeter:
         self._loss += loss.detach()
 
     def add_micro_batch(self, micro: MicroBatch) -> None:
-        """Count the positions of a micro-batch of this rank."""
+        """Count the positions and the operations of a micro-batch of this rank."""
         self._window.filled += micro.num_tokens
         self._window.positions += micro.num_positions
+        if self._flops and micro.num_tokens:
+            flops = self._flops.count(micro.inputs)
+            self._window.vision_flops += flops.vision
+            self._window.language_flops += flops.language
 
     def add_step(self, batch: GlobalBatch) -> None:
         """Count a finished step."""
@@ -68,10 +86,12 @@ class StepMeter:
         window, now = self._window, time.perf_counter()
         elapsed = now - window.started
         waited = torch.tensor((waited_s - window.waited_s) / elapsed, device=self._device)
-        counts = torch.tensor([window.filled, window.positions], device=self._device)
+        counts = torch.tensor(
+            [window.filled, window.positions, window.vision_flops, window.language_flops], device=self._device
+        )
         means = torch.stack([self._loss / window.steps, waited, *counts.float()])
         dist.all_reduce(means)
-        loss, wait_share, filled, positions = (means / dist.get_world_size()).tolist()
+        loss, wait_share, filled, positions, vision, language = (means / dist.get_world_size()).tolist()
         self._loss.zero_()
         self._window = _Window(now, waited_s, saving_s)
         figures = {
@@ -84,7 +104,17 @@ class StepMeter:
             "checkpoint_s": saving_s - window.saving_s,
             "memory_gib": _memory_gib(self._device),
         }
+        if self._flops:
+            figures |= self._rates(vision / elapsed / 1e12, language / elapsed / 1e12)
         return figures if grad_norm is None else figures | {"grad_norm": grad_norm}
+
+    def _rates(self, vision: float, language: float) -> dict[str, float]:
+        """Operations per second of one device, in TFLOP/s, and as shares of what it can do."""
+        rates = {"tflops_vision": vision, "tflops_language": language}
+        if self._peak_tflops is None:
+            return rates
+        shares = {"mfu_vision": vision / self._peak_tflops, "mfu_language": language / self._peak_tflops}
+        return rates | shares | {"mfu": sum(shares.values())}
 
 
 class RunLog:
@@ -140,8 +170,10 @@ def readable(step: int, num_steps: int, figures: dict[str, Any]) -> str:
         f"grad {figures['grad_norm']:.2f}" if "grad_norm" in figures else "",
         f"{figures['samples_per_s']:.1f} samples/s",
         f"{figures['tokens_per_s']:.0f} tokens/s",
+        f"MFU {figures['mfu']:.1%} (vision {figures['mfu_vision']:.1%})" if "mfu" in figures else "",
         f"data wait {figures['data_wait_share']:.1%}",
         f"padding {figures['padding_share']:.1%}" if "padding_share" in figures else "",
+        f"checkpoint {figures['checkpoint_s']:.1f} s" if figures.get("checkpoint_s") else "",
         f"{figures['memory_gib']:.1f} GiB",
         f"{_clock(figures['seconds_left'])} left",
     ]

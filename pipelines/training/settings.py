@@ -152,6 +152,8 @@ class ScalingSettings(Section):
     """CPUs that a worker reserves."""
     gpus_per_worker: Annotated[int, Field(ge=0, le=1)] = 1
     """1: each worker trains on a GPU of its own. 0: on the CPU."""
+    peak_tflops: Annotated[float, Field(gt=0)] | None = None
+    """TFLOP/s that a worker's device can do at this precision, for the MFU in the log; of common GPUs it is known."""
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     """How Ray places the workers on the nodes."""
 

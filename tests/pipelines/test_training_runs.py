@@ -100,7 +100,9 @@ def _check_folder(run: Path) -> None:
     assert list((run / "tensorboard").glob("events.*"))
     line = read_metrics(str(run))[-1]
     wanted = ("lr", "grad_norm", "samples_per_s", "tokens_per_s", "data_wait_share", "memory_gib", "samples_seen")
+    wanted += ("padding_share", "checkpoint_s", "tflops_vision", "tflops_language", "mfu", "mfu_vision", "mfu_language")
     assert all(np.isfinite(line[name]) for name in wanted)
+    assert line["mfu"] == pytest.approx(10 * (line["tflops_vision"] + line["tflops_language"])) and line["mfu"] > 0
     assert line["samples_seen"] == 40
     # A killed attempt's leftovers are gone, and the two newest checkpoints are kept.
     assert sorted(path.name[:13] for path in run.glob("step-*")) == ["step-00000004", "step-00000006"]
