@@ -10,12 +10,16 @@ import multiprocessing
 import os
 import re
 import signal
+import time
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
-from typing import Any, Literal, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from pipelines import storage
+from tests.corpus import encoded
 
+Found = TypeVar("Found")
 When = Literal["before", "midway", "after"]
 _SECONDS = 60
 _WRITES = ("write_bytes", "put_if_absent")
@@ -108,3 +112,26 @@ def _child(
     except Exception as error:
         answer = ("failed", f"{type(error).__name__}: {error}")
     pipe.send(answer)
+
+
+class Blocked:
+    """An image that is a pipe, so that whoever reads it waits, until `release` puts the image in its place."""
+
+    def __init__(self, path: Path, number: int) -> None:
+        self.path, self.number = path, number
+        path.unlink()
+        os.mkfifo(path)
+
+    def release(self) -> None:
+        """For all who read it from now on; who waits already waits on."""
+        beside = self.path.with_suffix(".new")
+        beside.write_bytes(encoded(self.number))
+        os.replace(beside, self.path)
+
+
+def wait(look: Callable[[], Found | None], what: str, seconds: float = 90) -> Found:
+    deadline = time.monotonic() + seconds
+    while not (found := look()):
+        assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
+        time.sleep(0.02)
+    return found

@@ -24,10 +24,9 @@ from pipelines.settings import dump_settings, load_settings
 from pipelines.shards import ShardedDataset
 from tests.annotation import annotate_here, annotate_settings, rows_of
 from tests.corpus import row, write_corpus, write_processor
-from tests.jobs.test_prepare_kills import Blocked, two_nodes, wait
+from tests.fixtures.ray_session import SMALL_STORE
+from tests.kills import Blocked, wait
 from tests.preparation import prepare_settings
-
-__all__ = ["two_nodes"]  # a fixture
 
 REPOSITORY = Path(__file__).parents[2]
 NUM_ROWS = 24
@@ -170,6 +169,22 @@ def test_killed_actor_and_killed_drivers_cost_no_row_and_double_none(corpus: Pat
 
 
 @pytest.mark.ray
+@pytest.mark.usefixtures("ray_session")
+def test_pool_grows_while_work_is_waiting(corpus: Path) -> None:
+    """The first worker has three chunks and cannot go on with the first of them: only another one can do the rest."""
+    settings = annotate_settings(corpus, workers={"min_workers": 1, "max_workers": 2})
+    image = Blocked(corpus / "images" / "1.jpg", 1)
+    driver = start(settings, corpus, ray.get_runtime_context().gcs_address)
+    try:
+        wait(lambda: num_parts(settings.output) == 3, "the chunks that the first worker has not begun", 180)
+        assert driver.poll() is None
+    finally:
+        image.release()
+        driver.kill()
+        driver.wait()
+
+
+@pytest.mark.ray
 def test_killed_node_costs_no_row_and_doubles_none(corpus: Path, two_nodes: ray.cluster_utils.Cluster) -> None:
     settings = annotate_settings(corpus)
     image = Blocked(corpus / "images" / "13.jpg", 13)
@@ -183,7 +198,7 @@ def test_killed_node_costs_no_row_and_doubles_none(corpus: Path, two_nodes: ray.
         raylet.kill()
         for actor in actors:  # it ends by itself where its raylet is lost, but not while it waits for a pipe
             actor.kill()
-        two_nodes.add_node(num_cpus=2, object_store_memory=100 * 2**20)
+        two_nodes.add_node(num_cpus=2, object_store_memory=SMALL_STORE)
         out, _ = driver.communicate(timeout=240)
     finally:
         driver.kill()

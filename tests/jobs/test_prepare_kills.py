@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
 
 import psutil
 import pytest
@@ -23,14 +18,15 @@ from pipelines.preparation.settings import PrepareSettings
 from pipelines.prepare import prepare
 from pipelines.settings import dump_settings
 from pipelines.shards import Manifest, ShardedDataset
-from tests.corpus import encoded, row, write_corpus, write_processor
+from tests.corpus import row, write_corpus, write_processor
+from tests.fixtures.ray_session import SMALL_STORE
+from tests.kills import Blocked, wait
 from tests.preparation import prepare_here, prepare_settings
 
 pytestmark = pytest.mark.ray
 
 REPOSITORY = Path(__file__).parents[2]
 NUM_ROWS = 24
-SMALL = {"object_store_memory": 100 * 2**20}
 _DRIVER = """
 import sys
 from jobs.prepare import main
@@ -40,7 +36,6 @@ if kill:
     kill_at(Kill(*kill))
 sys.exit(main(["--config", recipe]))
 """
-Found = TypeVar("Found")
 
 
 @pytest.fixture
@@ -60,14 +55,6 @@ def start(settings: PrepareSettings, folder: Path, address: str, *kill: str) -> 
     return subprocess.Popen(command, cwd=REPOSITORY, env=env, **pipes)
 
 
-def wait(look: Callable[[], Found | None], what: str, seconds: float = 90) -> Found:
-    deadline = time.monotonic() + seconds
-    while not (found := look()):
-        assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
-        time.sleep(0.02)
-    return found
-
-
 def num_receipts(output: str) -> int:
     return sum(name.endswith(".json") for name in storage.list_names(storage.join(output, "receipts")))
 
@@ -82,21 +69,6 @@ def busy_workers(raylet: psutil.Process) -> list[psutil.Process]:
         except psutil.NoSuchProcess:
             continue
     return found
-
-
-class Blocked:
-    """An image that is a pipe, so that whoever reads it waits, until `release` puts the image in its place."""
-
-    def __init__(self, path: Path, number: int) -> None:
-        self.path, self.number = path, number
-        path.unlink()
-        os.mkfifo(path)
-
-    def release(self) -> None:
-        """For all who read it from now on; who waits already waits on."""
-        beside = self.path.with_suffix(".new")
-        beside.write_bytes(encoded(self.number))
-        os.replace(beside, self.path)
 
 
 def check(output: str, expected: Manifest) -> None:
@@ -144,22 +116,6 @@ def test_killed_driver_costs_at_most_a_chunk_per_worker(corpus: Path, kill: tupl
     check(settings.output, expected)
 
 
-@pytest.fixture
-def two_nodes() -> Iterator[ray.cluster_utils.Cluster]:
-    """A head that runs no work, and a second node with two CPUs."""
-    folder = tempfile.mkdtemp(prefix="ray-")  # a Unix socket's path must stay below 108 characters
-    cluster = ray.cluster_utils.Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": 0, "include_dashboard": False, "temp_dir": folder, **SMALL},
-    )
-    try:
-        cluster.add_node(num_cpus=2, **SMALL)
-        yield cluster
-    finally:
-        cluster.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def test_raylet_killed_amid_chunks_costs_those_chunks(corpus: Path, two_nodes: ray.cluster_utils.Cluster) -> None:
     settings = prepare_settings(corpus)
     expected = prepare_here(prepare_settings(corpus, output=str(corpus / "undisturbed")))
@@ -175,7 +131,7 @@ def test_raylet_killed_amid_chunks_costs_those_chunks(corpus: Path, two_nodes: r
         raylet.kill()
         for worker in workers:  # a worker that loses its raylet ends by itself, but not while it waits for a pipe
             worker.kill()
-        two_nodes.add_node(num_cpus=2, **SMALL)
+        two_nodes.add_node(num_cpus=2, object_store_memory=SMALL_STORE)
         out, _ = driver.communicate(timeout=120)
     finally:
         driver.kill()

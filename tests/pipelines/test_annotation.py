@@ -211,6 +211,25 @@ def test_folder_of_images_is_captioned_and_prepared(tmp_path: Path, tiny_checkpo
     assert (shards.planned, shards.written, shards.quarantined) == (6, 5, 1)
 
 
+@pytest.mark.s3
+def test_prefix_of_images_on_s3(tmp_path: Path, s3_uri: str, tiny_checkpoint: Path) -> None:
+    for number in range(5):
+        storage.write_bytes(storage.join(s3_uri, "photos", f"{number}.jpg"), encoded(number))
+    (tmp_path / "model").symlink_to(tiny_checkpoint)
+    photos = storage.join(s3_uri, "photos")
+    source = {"path": photos, "format": "images", "image_root": photos, "name": "corpus"}
+    settings = annotate_settings(tmp_path, sources=[source], prompt="Why?", output=storage.join(s3_uri, "out"))
+    assert annotate_here(settings).errors == {}
+    local = annotate_settings(tmp_path, prompt="Why?", output=str(tmp_path / "local"))
+    write_corpus(tmp_path, [row(0, id=f"{number}.jpg", image=f"images/{number}.jpg") for number in range(5)])
+    annotate_here(local)
+    same = ("key", "id", "answer", "finish_reason", "prompt_tokens", "answer_tokens", "error")
+    assert [[each[name] for name in same] for each in rows_of(settings.output)] == [
+        [each[name] for name in same] for each in rows_of(local.output)
+    ]
+    assert verify(settings.output) == []
+
+
 def test_images_that_the_input_holds_are_copied(corpus: Path) -> None:
     first = annotate_settings(corpus, format="jsonl")
     annotate_here(first)
