@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
@@ -25,16 +26,26 @@ class ShardCache:
     def get(self, sha256: str, fetch: Callable[[], bytes]) -> Path:
         """The file of the shard with hash `sha256`, filled by `fetch` if it is not here."""
         path = self.folder / f"{sha256}.arrow"
-        try:
-            _touch(path)
-        except FileNotFoundError:
-            self._store(path, fetch())
+        if not _is_touched(path):
+            with self._turn(path):  # whoever comes meanwhile waits, and then finds it
+                if not _is_touched(path):
+                    self._store(path, fetch())
         return path
 
-    def _store(self, path: Path, data: bytes) -> None:
+    @contextlib.contextmanager
+    def _turn(self, path: Path) -> Iterator[None]:
         self.folder.mkdir(parents=True, exist_ok=True)
+        lock = path.with_name(f".{path.name}.lock")
+        with lock.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+
+    def _store(self, path: Path, data: bytes) -> None:
         self._make_room(len(data))
-        # Several processes may fetch one shard: each writes its own file, and the last rename wins with equal bytes.
+        # Renamed, so that nobody reads a part; should two fetch one shard after all, their bytes are equal.
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
         temporary.write_bytes(data)
         _touch(temporary)
@@ -53,6 +64,14 @@ class ShardCache:
                 return
             Path(path).unlink(missing_ok=True)  # a process that has it mapped keeps its pages
             held -= size
+
+
+def _is_touched(path: Path) -> bool:
+    try:
+        _touch(path)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _touch(path: Path) -> None:
