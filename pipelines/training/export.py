@@ -23,6 +23,8 @@ from pipelines import storage
 
 MANIFEST_NAME = "export.json"
 _LARGEST_FILE = "4GB"
+_PART = ".part"
+"""Ends the name of a folder that is being written."""
 
 
 class ExportError(ValueError):
@@ -51,7 +53,7 @@ def write_export(
     """Save `state_dict` as a checkpoint of `model`'s kind, with its processor, at the folder or URI `target`."""
     local = storage.is_local(target)
     parent = Path(target).parent if local else Path(tempfile.mkdtemp(prefix="flashsloth-export-"))
-    folder = parent / f".{Path(target).name}.{uuid.uuid4().hex[:8]}.part"
+    folder = parent / f".{Path(target).name}.{uuid.uuid4().hex[:8]}{_PART}"
     try:
         model.save_pretrained(
             folder, state_dict=dict(state_dict), max_shard_size=_LARGEST_FILE, save_original_format=False
@@ -125,8 +127,19 @@ def read_export_step(uri: str) -> int | None:
 
 
 def _require_checkpoint(folder: Path) -> None:
+    killed = "what an export left that was killed half-way: run the training again, it exports once more"
+    if folder.name.endswith(_PART):
+        raise ExportError(f"{folder} is no checkpoint but {killed}")
     if not folder.is_dir():
-        raise ExportError(f"{folder}: there is no such checkpoint folder")
+        remains = sorted(folder.parent.glob(f".{folder.name}.*{_PART}"))
+        beside = f"; {remains[0].name} beside it is {killed}" if remains else ""
+        raise ExportError(f"{folder}: there is no such checkpoint folder{beside}")
+    if (folder / MANIFEST_NAME).exists():
+        manifest = ExportManifest.model_validate_json((folder / MANIFEST_NAME).read_bytes())
+        if gone := [name for name in manifest.files if not (folder / name).exists()]:
+            raise ExportError(
+                f"{folder} is no whole checkpoint: {MANIFEST_NAME} lists {', '.join(gone)}, which is gone"
+            )
     weights = ("model.safetensors", "model.safetensors.index.json")
     missing = [] if (folder / "config.json").exists() else ["config.json"]
     if not any((folder / name).exists() for name in weights):

@@ -241,17 +241,15 @@ class WorkerRun:
         return moved
 
     def _may_skip_tower(self, micro: MicroBatch) -> bool:
-        """Whether this micro-batch has no image, and no other rank waits for this one inside the tower.
+        """Whether this micro-batch has no image, and the tower need not run on zeros in its place.
 
-        Under ZeRO-3 ranks meet in every module that runs, and where the tower learns they meet in its gradients; so it
-        runs on zeros where only some ranks have images. All ranks know the global batch, so they agree without a word.
+        A tower that learns must: a parameter without a gradient keeps that of the step before (DeepSpeed 0.19.8, under
+        ZeRO-3 and with an offloaded optimizer). Under ZeRO-3 ranks meet in every module that runs, so there it runs
+        where others have images; all ranks know the global batch, so they agree without a word.
         """
-        if len(micro.inputs["pixel_values"]):
+        if len(micro.inputs["pixel_values"]) or "vision_tower" in self.settings.train_parts:
             return False
-        partitioned, learns = self.settings.deepspeed.stage == 3, "vision_tower" in self.settings.train_parts
-        if partitioned and learns:
-            return False  # a parameter without a gradient keeps the one of the step before (DeepSpeed 0.19.8, stage 3)
-        return not (partitioned or learns) or not self.rows.has_image[micro.batch.rows].any()
+        return self.settings.deepspeed.stage < 3 or not self.rows.has_image[micro.batch.rows].any()
 
     def loader(self, position: Position, num_batches: int) -> BatchLoader:
         """This rank's micro-batches of the next `num_batches` global batches."""

@@ -69,7 +69,7 @@ def deepspeed_config(settings: TrainSettings, world_size: int) -> dict[str, Any]
     on_gpu = settings.scaling.gpus_per_worker > 0
     # DeepSpeed insists on numbers that multiply; the loop itself says where an optimizer step ends.
     accumulation = -(-batch.global_size // (batch.micro_size * world_size))
-    zero = {
+    zero: dict[str, Any] = {
         "stage": settings.deepspeed.stage,
         "contiguous_gradients": True,
         # Overlapping needs a second stream, which a CPU has not.
@@ -77,6 +77,10 @@ def deepspeed_config(settings: TrainSettings, world_size: int) -> dict[str, Any]
         "reduce_bucket_size": 200_000_000,
         "allgather_bucket_size": 200_000_000,
     }
+    if settings.deepspeed.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
+    if settings.deepspeed.offload == "all":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": on_gpu}
     config = {
         "train_batch_size": batch.micro_size * accumulation * world_size,
         "train_micro_batch_size_per_gpu": batch.micro_size,

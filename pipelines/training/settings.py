@@ -39,8 +39,9 @@ class ModelSettings(Section):
     """Folder of the processor that the data was prepared with. Required by a preset; a checkpoint brings its own."""
     tiling: Literal["base", "hd"] | None = None
     """Look at one tile an image (base) or five (hd); by default as the checkpoint says. HD starts from a base model."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more compute."""
+    gradient_checkpointing: Literal["off", "selective", "full"] = "off"
+    """Recompute activations in the backward pass: of every second layer or of all. Less memory, up to a third more
+    compute; a log line's MFU does not count it."""
 
     @model_validator(mode="after")
     def _one_start(self) -> ModelSettings:
@@ -132,6 +133,8 @@ class DeepSpeedSettings(Section):
 
     stage: Annotated[int, Field(ge=0, le=3)] = 2
     """ZeRO: 1 partitions optimizer states, 2 gradients too, 3 parameters too."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """Keep in the host's memory: nothing, the optimizer's state (stages 1 to 3), or that and the weights (stage 3)."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Further fields of DeepSpeed's configuration, passed through and laid over ours."""
 
@@ -238,6 +241,12 @@ class TrainSettings(JobSettings):
                     f"batch.global_size {self.batch.global_size} is not divisible by {at_once} "
                     f"(batch.micro_size {self.batch.micro_size} x scaling.num_workers {num_workers})"
                 )
+        needed = {"none": 0, "optimizer": 1, "all": 3}[self.deepspeed.offload]
+        if self.deepspeed.stage < needed:
+            raise ValueError(
+                f"deepspeed.offload {self.deepspeed.offload} needs deepspeed.stage {needed} at least, "
+                f"and it is {self.deepspeed.stage}"
+            )
         if self.deepspeed.stage == 0 and self.precision == "bf16":
             raise ValueError("deepspeed.stage 0 keeps no fp32 weights beside bf16 ones: use stage 1, or precision fp32")
         unused = sorted(set(self.optim.part_lr) - set(self.train_parts))

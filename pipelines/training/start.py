@@ -68,8 +68,12 @@ def build_model(
         built = build_from_backbones(model.backbones.language, model.backbones.vision, processor, dtype=dtype)
     else:
         built = FlashSlothForConditionalGeneration(_preset(model, processor)).to(dtype)
-    if model.gradient_checkpointing:
+    if model.gradient_checkpointing != "off":
         built.activation_checkpointing_enable()
+    if model.gradient_checkpointing == "selective":
+        stacks = (built.model.vision_tower.encoder.layers, built.model.language_model.layers)
+        for layer in (layer for stack in stacks for layer in stack[1::2]):
+            layer.gradient_checkpointing = False
     return built.train()
 
 

@@ -78,7 +78,7 @@ def test_the_published_recipes_hold_the_published_numbers():
             0,
         )
         assert (settings.epochs, settings.deepspeed.stage, settings.precision) == (1, 3, "bf16")
-        assert settings.model.gradient_checkpointing
+        assert settings.model.gradient_checkpointing == "full"
     assert align.train_parts == ["pooling", "projector"]
     assert set(hd.train_parts) - set(instruct.train_parts) == {"vision_tower"}
 
@@ -102,6 +102,7 @@ def test_the_tiny_recipes_train_on_two_cpus(name):
         ({"scaling": {"num_workers": [4, 12]}}, r"128 is not divisible by 192 .*16 x .*12"),
         ({"scaling": {"num_workers": [8, 4]}}, "smallest number 8 is above the largest 4"),
         ({"deepspeed": {"stage": 0}}, "stage 0 keeps no fp32 weights"),
+        ({"deepspeed": {"stage": 2, "offload": "all"}}, "offload all needs deepspeed.stage 3 at least, and it is 2"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(changes, words):
@@ -161,6 +162,15 @@ def test_a_preset_follows_its_processor_and_its_seed(preset, model, processor):
     other = build_model(preset, load_processor(preset), "fp32", seed=1)
     weights = [m.model.projector.linear_1.weight for m in (model, again, other)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_selective_checkpointing_recomputes_every_second_layer(preset):
+    def recomputed(how: str) -> list[bool]:
+        preset.gradient_checkpointing = how
+        built = build_model(preset, load_processor(preset), "fp32", seed=0)
+        return [layer.gradient_checkpointing for layer in built.model.language_model.layers]
+
+    assert [recomputed(how) for how in ("off", "selective", "full")] == [[False, False], [True, False], [True, True]]
 
 
 def test_a_preset_that_disagrees_with_its_processor_is_refused(preset):
@@ -303,6 +313,42 @@ def test_a_folder_that_is_no_checkpoint_is_refused_by_name(tmp_path):
     (tmp_path / "readme.txt").write_text("hello")
     with pytest.raises(ExportError, match=r"lacks config.json and model.safetensors or .*; it holds readme.txt"):
         fetch_export(str(tmp_path))
+
+
+@pytest.mark.parametrize("wave", ["config.json", "tokenizer.json", "export.json"])
+def test_an_export_that_is_killed_half_way_is_no_model_and_says_so(model, processor, tmp_path, monkeypatch, wave):
+    """A kill leaves what is there, so `finally` must not run: the write of `wave` fails, and nothing is tidied."""
+    target = tmp_path / "export"
+
+    def kill(folder: Path, at: Path) -> None:
+        raise KeyboardInterrupt
+
+    save = processor.save_pretrained
+    if wave == "config.json":
+        monkeypatch.setattr(model, "save_pretrained", lambda folder, **_: (Path(folder).mkdir(), kill(folder, target)))
+    elif wave == "tokenizer.json":
+        monkeypatch.setattr(processor, "save_pretrained", lambda folder: kill(folder, target))
+    else:
+        monkeypatch.setattr(processor, "save_pretrained", save)
+        monkeypatch.setattr("pipelines.training.export._replace", kill)
+    monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)
+    with pytest.raises(KeyboardInterrupt):
+        write_export(str(target), model, model.state_dict(), processor, step=1)
+    [remains] = tmp_path.glob(".export.*.part")
+    with pytest.raises(
+        ExportError, match=r"no such checkpoint folder; \.export\.\w+\.part beside it is what an export"
+    ):
+        load_export(str(target), torch.float32)
+    with pytest.raises(ExportError, match="is no checkpoint but what an export left that was killed half-way"):
+        load_export(str(remains), torch.float32)
+    assert read_export_step(str(target)) is None
+
+
+def test_an_export_that_has_lost_a_file_is_refused_by_name(model, processor, tmp_path):
+    write_export(str(tmp_path / "export"), model, model.state_dict(), processor, step=1)
+    (tmp_path / "export" / "tokenizer.json").unlink()
+    with pytest.raises(ExportError, match=r"export.json lists tokenizer.json, which is gone"):
+        load_export(str(tmp_path / "export"), torch.float32)
 
 
 def test_missing_weights_are_listed_not_made_up(model, processor, tmp_path):

@@ -115,4 +115,4 @@ def test_workers_that_never_come_are_an_error_after_the_deadline(
     started = time.monotonic()
     with pytest.raises(ResourceError, match=r"waited 4 s .* for 2 workers with 4 CPU and 0 GPU each; free .* CPU"):
         train(settings)
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 120

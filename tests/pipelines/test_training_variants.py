@@ -59,10 +59,10 @@ def measure_variants(rank: int, dumped: dict[str, Any], variants: list[tuple[Any
     settings = TrainSettings.model_validate(dumped)
     ranks = Ranks(60)
     found = {}
-    for stage, precision, micro, checkpointing in variants:
+    for stage, precision, micro, checkpointing, offload in variants:
         variant = settings.model_copy(deep=True)
         variant.deepspeed.stage, variant.precision, variant.batch.micro_size = stage, precision, micro
-        variant.model.gradient_checkpointing = checkpointing
+        variant.model.gradient_checkpointing, variant.deepspeed.offload = checkpointing, offload
         rows, processor = PreparedRows(variant.data.folders), load_processor(variant.model)
         watchdog = Watchdog(ranks, 60, 60)
         run = WorkerRun(variant, processor, rows, device, Host(), ranks, watchdog)
@@ -72,20 +72,21 @@ def measure_variants(rank: int, dumped: dict[str, Any], variants: list[tuple[Any
                 run.step(step, micro_batches, meter)
                 meter.add_step(micro_batches[-1].batch)
                 measured.append(meter.read(loader.waited_s, 0.0, None)["loss"])
-        found[f"{stage} {precision} {micro} {checkpointing}"] = measured
+        found[f"{stage} {precision} {micro} {checkpointing} {offload}"] = measured
     if rank == 0:
         Path(answer).write_text(json.dumps(found))
 
 
 VARIANTS = {
-    1: [(2, "fp32", 4, False), (2, "fp32", 1, False), (1, "fp32", 2, True)],
+    1: [(2, "fp32", 4, "off", "none"), (2, "fp32", 1, "selective", "none"), (1, "fp32", 2, "full", "optimizer")],
     2: [
-        (2, "fp32", 4, False),
-        (2, "fp32", 1, False),
-        (1, "fp32", 2, True),
-        (0, "fp32", 2, False),
-        (3, "fp32", 2, False),
-        (2, "bf16", 4, False),
+        (2, "fp32", 4, "off", "optimizer"),
+        (2, "fp32", 1, "selective", "none"),
+        (1, "fp32", 2, "full", "none"),
+        (0, "fp32", 2, "off", "none"),
+        (3, "fp32", 2, "full", "none"),
+        (3, "fp32", 4, "off", "all"),
+        (2, "bf16", 4, "off", "none"),
     ],
 }
 
