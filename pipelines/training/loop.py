@@ -139,7 +139,7 @@ class WorkerRun:
         freeze(model, settings.train_parts)
         self.optimizer = build_optimizer(model, settings.optim)
         self.engine = _initialize(model, self.optimizer, settings, self.world_size)
-        self.bad_steps = BadSteps(settings.run.max_bad_steps if settings.deepspeed.stage else 1)
+        self.bad_steps = BadSteps(settings.run.max_bad_steps)
 
     def train(self, start: Progress) -> None:
         """Train from `start` to the last step.
@@ -198,12 +198,11 @@ class WorkerRun:
 
     def _agree(self, step: int, rows: np.ndarray, saver: CheckpointSaver) -> Request:
         """One exchange per step, so that all ranks report, save, stop and fail at the same one."""
-        bad = not torch.isfinite(self.last_loss).item() if self.settings.deepspeed.stage == 0 else self._overflow()
-        request, busy, any_bad = self.ranks.largest([self.host.request(), not saver.is_done, bad])
+        request, busy = self.ranks.largest([self.host.request(), not saver.is_done])
         if not busy:
             saver.settle()
         try:
-            self.bad_steps.add(step, bool(any_bad), rows, self.rows, self.ranks)
+            self.bad_steps.add(step, self._overflow(), rows, self.rows, self.ranks)
         except TrainingDiverged:
             saver.settle()  # what was saved before shall be there
             raise
@@ -226,8 +225,7 @@ class WorkerRun:
             losses.append(loss.detach())
             meter.add_micro_batch(micro)
         self.engine.step()
-        self.last_loss = torch.stack(losses).sum()
-        meter.add_loss(self.last_loss)
+        meter.add_loss(torch.stack(losses).sum())
 
     def _on_device(self, micro: MicroBatch) -> dict[str, torch.Tensor]:
         moved = {name: tensor.to(self.device, non_blocking=True) for name, tensor in micro.inputs.items()}
