@@ -132,6 +132,16 @@ def read_range(uri: str, start: int, stop: int) -> bytes:
     return data
 
 
+def download(uri: str, path: Path) -> None:
+    """Write the object at `uri` to the local file `path`, a little at a time: it is never whole in memory.
+
+    Raises: as `read_bytes`; OSError: the disk is full.
+    """
+    file_system, remote = filesystem(uri)
+    with naming(uri):
+        whole_body(lambda: file_system.get_file(remote, str(path), **_in_one_get(file_system)))
+
+
 def read_many(uris: Sequence[str]) -> list[bytes]:
     """The objects at `uris`, in their order, many at a time."""
     with ThreadPoolExecutor(_THREADS) as threads:
@@ -291,10 +301,8 @@ class _RangedFile(io.RawIOBase):
 
 
 def _read(file_system: fsspec.AbstractFileSystem, path: str, uri: str) -> bytes:
-    # One request: s3fs would ask for the size first, and read a large object in parts that may be of two versions.
-    options = {"max_concurrency": 1} if _is_s3(file_system) else {}
     with naming(uri):
-        return whole_body(lambda: file_system.cat_file(path, **options))
+        return whole_body(lambda: file_system.cat_file(path, **_in_one_get(file_system)))
 
 
 def _create(uri: str, data: bytes) -> bool:
@@ -323,6 +331,11 @@ def _create(uri: str, data: bytes) -> bool:
 
 def _is_s3(file_system: fsspec.AbstractFileSystem) -> bool:
     return "s3" in file_system.protocol
+
+
+def _in_one_get(file_system: fsspec.AbstractFileSystem) -> dict[str, int]:
+    # s3fs would ask for the size first, and read a large object in parts that may be of two versions.
+    return {"max_concurrency": 1} if _is_s3(file_system) else {}
 
 
 def _in_one_put(file_system: fsspec.AbstractFileSystem) -> dict[str, int]:

@@ -132,7 +132,10 @@ def _mds(folder: str, cache: str) -> Any:
     from streaming.base.util import clean_stale_shared_memory
 
     clean_stale_shared_memory()
-    return streaming().StreamingDataset(remote=folder, local=cache, batch_size=_BATCH, shuffle=False)
+    dataset = streaming().StreamingDataset(remote=folder, local=cache, batch_size=_BATCH, shuffle=False)
+    for stream in dataset.streams:
+        stream._downloader.clean_up()  # else forked workers share one connection, and read each other's answers
+    return dataset
 
 
 def _tar_sizes(folder: str) -> Any:

@@ -23,14 +23,21 @@ class ShardCache:
         self.folder = Path(folder) if folder else _default_folder()
         self.max_bytes = max_bytes
 
-    def get(self, sha256: str, fetch: Callable[[], bytes]) -> Path:
-        """The file of the shard with hash `sha256`, filled by `fetch` if it is not here."""
-        path = self.folder / f"{sha256}.arrow"
+    def has(self, sha256: str) -> bool:
+        """Whether the shard with hash `sha256` is here."""
+        return self._path(sha256).exists()
+
+    def get(self, sha256: str, size: int, fetch: Callable[[Path], None]) -> Path:
+        """The file of the shard with hash `sha256` and `size` bytes, written by `fetch` if it is not here."""
+        path = self._path(sha256)
         if not _is_touched(path):
             with self._turn(path):  # whoever comes meanwhile waits, and then finds it
                 if not _is_touched(path):
-                    self._store(path, fetch())
+                    self._store(path, size, fetch)
         return path
+
+    def _path(self, sha256: str) -> Path:
+        return self.folder / f"{sha256}.arrow"
 
     @contextlib.contextmanager
     def _turn(self, path: Path) -> Iterator[None]:
@@ -43,13 +50,17 @@ class ShardCache:
             finally:
                 lock.unlink(missing_ok=True)
 
-    def _store(self, path: Path, data: bytes) -> None:
-        self._make_room(len(data))
+    def _store(self, path: Path, size: int, fetch: Callable[[Path], None]) -> None:
+        self._make_room(size)
         # Renamed, so that nobody reads a part; should two fetch one shard after all, their bytes are equal.
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-        temporary.write_bytes(data)
-        _touch(temporary)
-        os.replace(temporary, path)
+        try:
+            fetch(temporary)
+            _touch(temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
     def _make_room(self, needed: int) -> None:
         used: dict[str, tuple[float, int]] = {}

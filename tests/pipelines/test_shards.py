@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from torch.utils.data import DataLoader, Dataset
 
 from pipelines import storage
 from pipelines.shards import Manifest, ManifestError, ShardedDataset, ShardError
@@ -197,7 +199,7 @@ def test_dataset_on_s3_is_fetched_once_and_checked(s3_uri: str, tmp_path: Path) 
     assert ShardedDataset(s3_uri, cache_dir=str(tmp_path)).read(0)["key"] == "corpus:0"  # from the cache
     with pytest.raises(ShardError, match=f"{first.name}: expected sha256 {first.sha256}"):
         ShardedDataset(s3_uri, cache_dir=str(tmp_path / "empty")).read(0)
-    assert not any((tmp_path / "empty").rglob("*"))
+    assert not any((tmp_path / "empty").rglob(f"*{first.sha256}*"))
 
 
 @pytest.fixture
@@ -213,6 +215,12 @@ def fetched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
 
         return reading
 
+    def downloading(uri: str, path: Path) -> None:
+        download(uri, path)
+        seen.append(("download", path.stat().st_size))
+
+    download = storage.download
+    monkeypatch.setattr(storage, "download", downloading)
     for kind in ("read_bytes", "read_range"):
         monkeypatch.setattr(storage, kind, watch(kind, getattr(storage, kind)))
     return seen
@@ -247,9 +255,50 @@ def test_a_cache_too_small_for_all_keeps_what_fits_and_reads_the_rest_by_ranges(
     fetched.clear()
     for _ in range(2):
         assert [dataset.read(index)["key"] for index in range(10)] == [row["key"] for row in samples]
-    assert [size for kind, size in fetched if kind == "read_bytes"] == sizes[:2]
+    assert sorted(size for kind, size in fetched if kind == "download") == sorted(sizes[:2])
     assert sum(kind == "read_range" for kind, _ in fetched) == 2 * 2  # two rows of the third shard, each time
     assert sum(file.stat().st_size for file in tmp_path.iterdir()) <= sizes[0] + sizes[1]
+
+
+@pytest.mark.s3
+def test_the_next_shards_come_while_one_is_read(s3_uri: str, tmp_path: Path) -> None:
+    """And what is wrong with one of them is told to whoever reads it."""
+    write_dataset(s3_uri)
+    dataset = ShardedDataset(s3_uri, cache_dir=str(tmp_path))
+    names = [f"{shard.sha256}.arrow" for shard in dataset.manifest.shards]
+    storage.write_bytes(storage.join(s3_uri, dataset.manifest.shards[1].name), b"")
+    assert dataset.read(0)["key"] == "corpus:0"
+    deadline = time.monotonic() + 30
+    while not (tmp_path / names[2]).exists():
+        assert time.monotonic() < deadline, "the shard after the next one has not come"
+        time.sleep(0.01)
+    with pytest.raises(ShardError, match=rf"{names[1]}: expected \d+ bytes, found 0"):
+        dataset.read(5)
+    assert dataset.read(9)["key"] == "corpus:9"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([names[0], names[2]])
+
+
+@pytest.mark.s3
+def test_a_forked_process_fetches_ahead_too(s3_uri: str, tmp_path: Path) -> None:
+    samples = write_dataset(s3_uri, rows=40)
+    dataset = ShardedDataset(s3_uri, cache_dir=str(tmp_path))
+    dataset.read(0)
+    workers = DataLoader(Keys(dataset), batch_size=4, num_workers=2, multiprocessing_context="fork")
+    assert [key for keys in workers for key in keys] == [row["key"] for row in samples]
+    assert len(list(tmp_path.iterdir())) == 10
+
+
+class Keys(Dataset[str]):
+    """The keys of a dataset's rows, which are read for that."""
+
+    def __init__(self, rows: ShardedDataset) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, row: int) -> str:
+        return self._rows.read(row)["key"]
 
 
 @pytest.mark.s3
@@ -273,11 +322,11 @@ def test_cache_keeps_within_its_bound(tmp_path: Path) -> None:
     fetched: list[str] = []
 
     def get(name: str) -> bytes:
-        def fetch() -> bytes:
+        def fetch(path: Path) -> None:
             fetched.append(name)
-            return name.encode() * 100
+            path.write_bytes(name.encode() * 100)
 
-        return cache.get(name, fetch).read_bytes()
+        return cache.get(name, 100, fetch).read_bytes()
 
     for name in ("a", "b", "a", "c"):  # c takes the place of b, the least recently used
         assert get(name) == name.encode() * 100
