@@ -27,6 +27,7 @@ from pipelines.serving.app import build_app
 from pipelines.serving.authentication import hash_token, new_token
 from pipelines.serving.checkpoint import CheckpointError
 from pipelines.serving.settings import ServeArgs
+from pipelines.serving.transport import set_environment
 from pipelines.settings import JobSettings, load_settings
 
 APPLICATION = "flashsloth"
@@ -54,8 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         app = build_app(ServeArgs(**settings.model_dump(include=set(ServeArgs.model_fields))))
         _check_port_is_free(settings.host, settings.port)
-        # A process that does not answer its health check any more will not finish its requests either.
-        os.environ.setdefault("RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS", "1")
+        set_environment()
         start_ray()
     except (CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

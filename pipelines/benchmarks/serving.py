@@ -41,6 +41,7 @@ from pipelines.serving.app import build_app
 from pipelines.serving.engine import Encoder, Engine, EngineSettings, Prompt
 from pipelines.serving.sampling import Sampling
 from pipelines.serving.settings import ServeArgs
+from pipelines.serving.transport import set_environment
 
 _QUESTION = "What is in the picture?"
 _LENGTHS = (16, 128)
@@ -216,6 +217,7 @@ def _start(args: ServeArgs) -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    set_environment()  # as jobs/serve.py does
     start_ray(num_cpus=4)
     serve.start(http_options=HTTPOptions(host="127.0.0.1", port=port), logging_config=_QUIET)
     serve.run(build_app(args), name="service", route_prefix="/service", logging_config=_QUIET)

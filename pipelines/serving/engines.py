@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Protocol
 
+from grpc import RpcError
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
@@ -17,6 +18,7 @@ from pipelines.serving.replies import Reply
 ATTEMPTS = 2  # not more: a request that kills its engine must not go round until all are dead
 PAUSE_S = 0.2  # between attempts: Serve needs a moment to see that a replica is gone
 _LOST = ("engine_error", "unavailable")
+_FAILURES = (RayError, RayServeException, RpcError)  # the last where a connection ends in the middle of a message
 
 
 class Engines(Protocol):
@@ -44,8 +46,9 @@ class RemoteEngines:
     """
 
     def __init__(self, handle: DeploymentHandle, on_retry: Callable[[], None]) -> None:
-        self._handle = handle
-        self._streams = handle.options(stream=True)
+        # gRPC whatever the environment of the process was that made the handle: see `transport`.
+        self._handle = handle.options(_by_reference=False)
+        self._streams = handle.options(_by_reference=False, stream=True)
         self._on_retry = on_retry
 
     async def answer(self, prompt: Prompt) -> Reply:
@@ -70,7 +73,7 @@ class RemoteEngines:
                         break
                     has_begun = True
                     yield reply
-            except (RayError, RayServeException) as failure:
+            except _FAILURES as failure:
                 error = _explain(failure)
             finally:
                 responses.cancel()  # without effect on what has ended
@@ -92,7 +95,7 @@ class RemoteEngines:
         response = self._handle.answer.remote(prompt)
         try:
             return await response
-        except (RayError, RayServeException) as failure:
+        except _FAILURES as failure:
             return _explain(failure)
         except asyncio.CancelledError:
             response.cancel()

@@ -18,7 +18,6 @@ from pipelines.serving.image_urls import ImageFetcher
 from pipelines.serving.metrics import IngressMetrics
 from pipelines.serving.protocol import ChatRequest, parse_request, read_messages, read_sampling
 from pipelines.serving.replies import Reply
-from pipelines.serving.sampling import Sampling
 from pipelines.serving.settings import Limits, Policy
 
 HEALTH_TIMEOUT_S = 10
@@ -95,10 +94,11 @@ class Service:
     async def read(self, body: bytes) -> Question:
         """Check a request and encode it; raises `ApiError` for whatever is wrong with it."""
         limits = self.limits
-        # In threads: parsing and decoding megabytes takes a while, and others want to be heard meanwhile.
-        request, sampling = await asyncio.to_thread(self._parse, body, limits)
-        fetched = {url: await self._images.fetch(url) for url in request.image_addresses}
-        prompt = await asyncio.to_thread(self._encode, request, sampling, limits, fetched)
+        # In a thread: parsing and decoding megabytes takes a while, and others want to be heard meanwhile.
+        request, prompt = await asyncio.to_thread(self._read, body, limits)
+        if prompt is None:
+            fetched = {url: await self._images.fetch(url) for url in request.image_addresses}
+            prompt = await asyncio.to_thread(self._encode, request, limits, fetched)
         options = request.stream_options
         return Question(prompt, bool(request.stream), options is not None and options.include_usage)
 
@@ -112,11 +112,14 @@ class Service:
             raise ApiError(503, f"no engine answers ({type(error).__name__})", "unavailable") from error
         self._healthy_until = time.monotonic() + HEALTH_HOLDS_S
 
-    def _parse(self, body: bytes, limits: Limits) -> tuple[ChatRequest, Sampling]:
+    def _read(self, body: bytes, limits: Limits) -> tuple[ChatRequest, Prompt | None]:
+        """The request, and its prompt unless images have to be fetched for it."""
         request = parse_request(body, self.model_name)
-        return request, read_sampling(request, limits)
+        read_sampling(request, limits)  # which may refuse it, before an image is fetched or decoded
+        return request, None if request.image_addresses else self._encode(request, limits, {})
 
-    def _encode(self, request: ChatRequest, sampling: Sampling, limits: Limits, fetched: Mapping[str, bytes]) -> Prompt:
+    def _encode(self, request: ChatRequest, limits: Limits, fetched: Mapping[str, bytes]) -> Prompt:
+        sampling = read_sampling(request, limits)
         tile_size = self.encoder.processor.image_processor.size
         messages, image = read_messages(request, limits, tile_size, fetched)
         try:
