@@ -23,7 +23,7 @@ from jobs.serve import main
 from pipelines.serving.authentication import Clients
 from pipelines.serving.settings import Policy
 from tests.fixtures.ray_session import REPOSITORY
-from tests.serving import free_port
+from tests.serving import flip_a_bit, free_port, list_files
 
 
 class Job:
@@ -105,12 +105,12 @@ def test_a_stop_lets_the_answer_that_is_under_way_finish(start_job: Any, tiny_ch
 @pytest.mark.ray
 def test_a_checkpoint_that_fails_while_loading_is_named(start_job: Any, tiny_checkpoint: Path, tmp_path: Path) -> None:
     """It looks right from outside, so it is found out in the replica; the job must not wait for it for ever."""
-    folder = shutil.copytree(tiny_checkpoint, tmp_path / "cut")
-    weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1000])
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "changed")
+    list_files(folder)
+    flip_a_bit(folder / "model.safetensors")
     job = start_job("--checkpoint", str(folder), "--port", str(free_port()), "--device", "cpu")
     assert job.finish() == 1
-    assert f"error: the service did not start: {folder}: " in job.output, job.output
+    assert f"error: the service did not start: {folder}: model.safetensors has sha256" in job.output, job.output
 
 
 def test_a_missing_checkpoint_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

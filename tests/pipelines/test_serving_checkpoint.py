@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipelines.serving.checkpoint import CheckpointError, check_folder, load_model, load_processor
+from pipelines.serving.checkpoint import CheckpointError, check_folder, check_hashes, load_model, load_processor
 from pipelines.serving.engine import Engine
+from tests.serving import flip_a_bit, list_files
 
 
 @pytest.fixture
@@ -74,6 +75,29 @@ def test_truncated_weights(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(CheckpointError, match=str(folder)):
         load_model(folder)
+
+
+def test_a_file_that_is_not_the_one_that_was_exported(folder: Path) -> None:
+    """Right in size and form, wrong in one bit: only the list of hashes tells."""
+    list_files(folder)
+    assert load_model(folder, "cpu").dtype == torch.float32
+    flip_a_bit(folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors has sha256 .*, the exported file had"):
+        load_model(folder, "cpu")
+
+
+def test_a_file_of_the_export_that_is_missing(folder: Path) -> None:
+    list_files(folder)
+    (folder / "generation_config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"generation_config\.json is missing, which was exported"):
+        check_hashes(folder)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"hashes": {}}', '{"files": 3}'])
+def test_a_list_of_files_that_cannot_be_read(folder: Path, content: str) -> None:
+    (folder / "export.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"export\.json: this is no list of exported files"):
+        check_hashes(folder)
 
 
 def test_missing_and_surplus_weights(folder: Path) -> None:
