@@ -26,11 +26,17 @@ BODY_FAULTS: list[Fault] = ["reset_body", "short_body", "stalled_body"]
 
 @pytest.mark.s3
 @pytest.mark.parametrize("fault", [*REQUEST_FAULTS, *BODY_FAULTS])
-def test_passing_fault_of_a_read_is_survived(bucket: str, faults: FaultProxy, fault: Fault) -> None:
+def test_passing_fault_of_a_read_is_survived(bucket: str, faults: FaultProxy, tmp_path: Path, fault: Fault) -> None:
     uri = storage.join(bucket, "shard.arrow")
     storage.write_bytes(uri, DATA)
+
+    def download() -> bytes:
+        storage.download(uri, tmp_path / "shard.arrow")
+        return (tmp_path / "shard.arrow").read_bytes()
+
     for times, read in (
         (2, lambda: storage.read_bytes(uri)),
+        (2, download),
         (1, lambda: storage.read_range(uri, 0, len(DATA))),
     ):
         faults.heal()
@@ -41,14 +47,17 @@ def test_passing_fault_of_a_read_is_survived(bucket: str, faults: FaultProxy, fa
 
 @pytest.mark.s3
 @pytest.mark.parametrize("fault", [*REQUEST_FAULTS, *BODY_FAULTS])
-def test_lasting_fault_of_a_read_names_the_object(bucket: str, faults: FaultProxy, fault: Fault) -> None:
+def test_lasting_fault_of_a_read_names_the_object(
+    bucket: str, faults: FaultProxy, tmp_path: Path, fault: Fault
+) -> None:
     uri = storage.join(bucket, "shard.arrow")
     storage.write_bytes(uri, DATA)
-    faults.heal()
-    faults.inject(fault, "GET")
-    with pytest.raises(storage.StorageError, match=f"^{uri}: "):
-        storage.read_bytes(uri)
-    assert len(faults.served) == NUM_REQUESTS.get(fault, storage_faults._BODY_TRIES)
+    for read in (storage.read_bytes, lambda uri: storage.download(uri, tmp_path / "shard.arrow")):
+        faults.heal()
+        faults.inject(fault, "GET")
+        with pytest.raises(storage.StorageError, match=f"^{uri}: "):
+            read(uri)
+        assert len(faults.served) == NUM_REQUESTS.get(fault, storage_faults._BODY_TRIES)
 
 
 @pytest.mark.s3
