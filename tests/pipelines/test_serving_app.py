@@ -25,16 +25,18 @@ from pipelines.serving.checkpoint import CheckpointError
 from pipelines.serving.engine import Encoder, Engine, EngineSettings
 from pipelines.serving.sampling import Sampling
 from pipelines.serving.settings import ServeArgs
-from tests.serving import data_uri, question, read_metrics, running_service, total, until
+from tests.serving import Load, data_uri, question, read_metrics, request_body, running_service, total, until
 
 
 @pytest.fixture(scope="module")
 def address(ray_session: None, tiny_checkpoint: Path) -> Iterator[str]:
-    """A service that answers 8 requests at once."""
+    """A service that answers 8 requests at once, and starts a second engine where more keep coming."""
     args = ServeArgs(
         checkpoint=str(tiny_checkpoint),
         model_name="tiny",
         device="cpu",
+        max_replicas=2,
+        upscale_delay_s=0.5,
         engine=EngineSettings(max_slots=8, max_waiting=8),
         image_hosts=["pictures.example"],
     )
@@ -199,7 +201,27 @@ def test_the_page_is_at_the_root(address: str) -> None:
         assert "<title>FlashSloth</title>" in response.read().decode()
 
 
-def test_more_engines_are_started_for_a_longer_queue(tiny_checkpoint: Path) -> None:
+@pytest.mark.ray
+def test_a_queue_that_lasts_starts_another_engine(address: str) -> None:
+    """The last one to ask this service: it has two engines from here on."""
+
+    async def check() -> None:
+        async def num_engines() -> int:
+            return len((await read_metrics(address))["flashsloth_engine_slots"])
+
+        async def two() -> bool:
+            return await num_engines() == 2
+
+        assert await num_engines() == 1  # the tests before have never asked for more than 8 answers at once
+        load = Load(address)
+        async with load.running(14, lambda source: request_body(source.randrange(100), 200)):
+            await until(two, 90, "a second engine")
+        assert set(load.outcomes) == {"200"}, load.outcomes
+
+    asyncio.run(check())
+
+
+def test_the_bounds_of_autoscaling(tiny_checkpoint: Path) -> None:
     args = ServeArgs(
         checkpoint=str(tiny_checkpoint), num_replicas=2, max_replicas=5, engine=EngineSettings(max_slots=16)
     )
