@@ -45,8 +45,9 @@ check: $(INSTALLED)  ## lint, format, types, layering
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --quiet tests/test_layering.py
 
+# Tests of jobs wait a lot for processes to start: two at a time keep two cores busy. A file's tests share fixtures.
 test: $(INSTALLED)  ## every test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-unit: $(INSTALLED)  ## the tests that start neither Ray nor an S3 server
 	$(BIN)/python -m pytest -m 'not ray and not s3'

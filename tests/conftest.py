@@ -1,5 +1,7 @@
 """Fixtures shared by all rooms, one file per thing that is started or built."""
 
+import signal
+
 pytest_plugins = [
     "tests.fixtures.ray_session",
     "tests.fixtures.s3",
@@ -7,3 +9,9 @@ pytest_plugins = [
     "tests.fixtures.small_disk",
     "tests.fixtures.tiny",
 ]
+
+
+def pytest_configure() -> None:
+    # Jobs of a shell in the background ignore Ctrl-C, and so would every process that a test starts and interrupts.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

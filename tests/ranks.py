@@ -6,9 +6,12 @@ forking it is safe. A child starts in milliseconds, where a fresh one would take
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import socket
+import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -22,10 +25,18 @@ _CONTEXT.set_forkserver_preload(["tests.ranks_preloaded"])
 _ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
+@functools.cache
+def _build_operator() -> None:
+    """Compile what DeepSpeed needs before any deadline runs: it takes a minute, once per environment."""
+    code = "from pipelines.training.process import build_cpu_operator; build_cpu_operator()"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=280, env=os.environ | _ENVIRONMENT)
+
+
 class RankGroup:
     """Processes that run `work(rank, *arguments)` with a process group between them."""
 
     def __init__(self, world_size: int, work: Callable[..., None], *arguments: Any, logs: Path) -> None:
+        _build_operator()
         os.environ.update(_ENVIRONMENT)  # the server inherits it when the first group starts it
         logs.mkdir(parents=True, exist_ok=True)
         self._logs = logs

@@ -61,6 +61,9 @@ class FileEntry(_Strict):
     sha256: str
 
 
+NEVER_COMPLETED = f"{MANIFEST_NAME} is missing, it was never completed"
+
+
 class Progress(_Strict):
     """How far a run has come."""
 
@@ -107,7 +110,8 @@ def restore(engine: DeepSpeedEngine, run_uri: str, identity: RunIdentity, ranks:
                 f"written by {manifest.world_size} workers, loaded by {ranks.world_size})"
             )
         return manifest.progress
-    if problems:
+    # One alone and never completed: the run lost a worker while it saved for the first time. There is nothing to lose.
+    if problems and not (len(problems) == 1 and problems[0].endswith(NEVER_COMPLETED)):
         raise CheckpointError(
             "no checkpoint of this run verifies, and starting over would throw its steps away: "
             + "; ".join(problems)
@@ -146,7 +150,7 @@ def read_manifest(uri: str) -> CheckpointManifest | str:
     try:
         return CheckpointManifest.model_validate_json(storage.read_bytes(storage.join(uri, MANIFEST_NAME)))
     except (FileNotFoundError, NotADirectoryError):
-        return f"{MANIFEST_NAME} is missing, it was never completed"
+        return NEVER_COMPLETED
     except ValidationError as error:
         return f"{MANIFEST_NAME} is damaged ({error.errors()[0]['msg']})"
 

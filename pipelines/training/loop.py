@@ -139,7 +139,7 @@ class WorkerRun:
         freeze(model, settings.train_parts)
         self.optimizer = build_optimizer(model, settings.optim)
         self.engine = _initialize(model, self.optimizer, settings, self.world_size)
-        self.bad_steps = BadSteps(settings.run.max_bad_steps)
+        self.bad_steps = BadSteps(settings.run.max_bad_steps if settings.deepspeed.stage else 1)
 
     def train(self, start: Progress) -> None:
         """Train from `start` to the last step.
@@ -198,11 +198,12 @@ class WorkerRun:
 
     def _agree(self, step: int, rows: np.ndarray, saver: CheckpointSaver) -> Request:
         """One exchange per step, so that all ranks report, save, stop and fail at the same one."""
-        request, busy = self.ranks.largest([self.host.request(), not saver.is_done])
+        bad = not torch.isfinite(self.last_loss).item() if self.settings.deepspeed.stage == 0 else self._overflow()
+        request, busy, any_bad = self.ranks.largest([self.host.request(), not saver.is_done, bad])
         if not busy:
             saver.settle()
         try:
-            self.bad_steps.add(step, self._overflow(), rows, self.rows, self.ranks)
+            self.bad_steps.add(step, bool(any_bad), rows, self.rows, self.ranks)
         except TrainingDiverged:
             saver.settle()  # what was saved before shall be there
             raise
@@ -221,11 +222,14 @@ class WorkerRun:
             self.engine.set_gradient_accumulation_boundary(micro.is_last)
             inputs = self._on_device(micro)
             loss = self.engine(**inputs, num_items_in_batch=micro.loss_tokens, use_cache=False).loss
-            self.engine.backward(loss, scale_wrt_gas=False)
+            # A tensor of its own: on the very one that forward returned, DeepSpeed's stage 0 divides the gradient by the
+            # number of accumulation steps, although it is told not to.
+            self.engine.backward(1.0 * loss, scale_wrt_gas=False)
             losses.append(loss.detach())
             meter.add_micro_batch(micro)
         self.engine.step()
-        meter.add_loss(torch.stack(losses).sum())
+        self.last_loss = torch.stack(losses).sum()
+        meter.add_loss(self.last_loss)
 
     def _on_device(self, micro: MicroBatch) -> dict[str, torch.Tensor]:
         moved = {name: tensor.to(self.device, non_blocking=True) for name, tensor in micro.inputs.items()}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import logging
 import os
 import random
 import shutil
 import sys
 import sysconfig
-import time
 import warnings
 from pathlib import Path
 
@@ -17,8 +17,6 @@ import numpy as np
 import ray.train.torch
 import torch
 import transformers
-
-_ABANDONED_AFTER_S = 600
 
 
 class CompilerError(ValueError):
@@ -78,19 +76,34 @@ def build_cpu_operator() -> None:
         os.environ["PATH"] = os.pathsep.join([tools, os.environ.get("PATH", "")])
     require_compiler()
     from deepspeed.accelerator import get_accelerator
-    from torch.utils.cpp_extension import _get_build_directory
 
-    folder = Path(_get_build_directory("deepspeed_shm_comm", False))
-    with (folder.parent / "flashsloth.lock").open("w") as lock:
+    folder = _own_build_folder()
+    with (folder / "flashsloth.lock").open("w") as held:
         # Two ranks of one machine would race for the build. torch's own lock is a file that a killed process leaves
-        # behind, on which all later ones then wait for ever; this one dies with its holder.
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        abandoned = folder / "lock"
-        if abandoned.exists() and time.time() - abandoned.stat().st_mtime > _ABANDONED_AFTER_S:
-            abandoned.unlink()
-        if not any(folder.glob("*.so")):
+        # behind, on which all later ones then wait for ever; this one dies with its holder. Nobody else builds in this
+        # folder, so whoever holds it knows that torch's is left over.
+        fcntl.flock(held, fcntl.LOCK_EX)
+        for left_over in folder.glob("*/lock"):
+            left_over.unlink()
+        if not any(folder.glob("*/*.so")):
             print("compiling DeepSpeed's CPU operator (once, about half a minute)", flush=True)
         get_accelerator().create_op_builder("ShareMemCommBuilder").load(verbose=False)
+
+
+def _own_build_folder() -> Path:
+    """Where torch compiles for this environment from now on, and for no other.
+
+    Compilers are given the paths of the environment, so two that share a folder rebuild what the other one has built.
+    """
+    from torch.utils.cpp_extension import _get_build_directory
+
+    name = f"flashsloth-{hashlib.sha256(sys.prefix.encode()).hexdigest()[:12]}"
+    folder = Path(_get_build_directory("deepspeed_shm_comm", False)).parent
+    if folder.name != name:
+        folder /= name
+        os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def require_compiler() -> None:

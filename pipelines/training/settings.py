@@ -131,7 +131,7 @@ class OptimSettings(Section):
 class DeepSpeedSettings(Section):
     """How the state of a run is spread over its workers."""
 
-    stage: Annotated[int, Field(ge=1, le=3)] = 2
+    stage: Annotated[int, Field(ge=0, le=3)] = 2
     """ZeRO: 1 partitions optimizer states, 2 gradients too, 3 parameters too."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """Keep in the host's memory: nothing, the optimizer's state (stages 1 to 3), or that and the weights (stage 3)."""
@@ -241,12 +241,14 @@ class TrainSettings(JobSettings):
                     f"batch.global_size {self.batch.global_size} is not divisible by {at_once} "
                     f"(batch.micro_size {self.batch.micro_size} x scaling.num_workers {num_workers})"
                 )
-        needed = {"none": 1, "optimizer": 1, "all": 3}[self.deepspeed.offload]
+        needed = {"none": 0, "optimizer": 1, "all": 3}[self.deepspeed.offload]
         if self.deepspeed.stage < needed:
             raise ValueError(
                 f"deepspeed.offload {self.deepspeed.offload} needs deepspeed.stage {needed} at least, "
                 f"and it is {self.deepspeed.stage}"
             )
+        if self.deepspeed.stage == 0 and self.precision == "bf16":
+            raise ValueError("deepspeed.stage 0 keeps no fp32 weights beside bf16 ones: use stage 1, or precision fp32")
         unused = sorted(set(self.optim.part_lr) - set(self.train_parts))
         if unused:
             raise ValueError(f"optim.part_lr names {unused}, which train_parts {self.train_parts} does not train")

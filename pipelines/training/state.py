@@ -42,6 +42,8 @@ class Piece:
     """Offset in the flattened parameter."""
     tensors: dict[str, torch.Tensor]
     """Kind -> float32[n]."""
+    owned: bool = True
+    """Whether this rank writes it. False where several ranks hold the same range and another one does."""
 
     @property
     def stop(self) -> int:
@@ -52,7 +54,7 @@ class Piece:
 def live_pieces(engine: DeepSpeedEngine) -> list[Piece]:
     """What this rank holds of the parameters that learn."""
     learning = [(name, parameter) for name, parameter in engine.module.named_parameters() if parameter.requires_grad]
-    cut = {1: _cut_by_stage_2, 2: _cut_by_stage_2, 3: _cut_by_stage_3}[engine.zero_optimization_stage()]
+    cut = {0: _uncut, 1: _cut_by_stage_2, 2: _cut_by_stage_2, 3: _cut_by_stage_3}[engine.zero_optimization_stage()]
     return [piece for piece in cut(engine, learning) if piece.stop > piece.start]
 
 
@@ -71,6 +73,7 @@ def write_state(engine: DeepSpeedEngine, path: Path) -> None:
     tensors = {
         f"{kind}|{piece.start}|{piece.name}": tensor.detach().float().cpu()
         for piece in live_pieces(engine)
+        if piece.owned
         for kind, tensor in piece.tensors.items()
     }
     save_file(tensors, path)
@@ -163,7 +166,7 @@ def _listed(names: list[str]) -> str:
 
 
 def _adam(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
-    return engine.optimizer.optimizer
+    return engine.optimizer if engine.zero_optimization_stage() == 0 else engine.optimizer.optimizer
 
 
 def _moments(optimizer: torch.optim.Optimizer, weight: torch.Tensor) -> dict[str, Any]:
@@ -173,6 +176,14 @@ def _moments(optimizer: torch.optim.Optimizer, weight: torch.Tensor) -> dict[str
         state["step"] = torch.tensor(0.0)
         state.update({kind: torch.zeros_like(weight) for kind in MOMENTS})
     return state
+
+
+def _uncut(engine: DeepSpeedEngine, learning: list[tuple[str, Any]]) -> Iterator[Piece]:
+    """Stage 0: every rank holds everything, and they share the writing."""
+    for index, (name, parameter) in enumerate(learning):
+        state = _moments(engine.optimizer, parameter)
+        tensors = {WEIGHT: parameter.data.view(-1)} | {kind: state[kind].view(-1) for kind in MOMENTS}
+        yield Piece(name, 0, tensors, owned=index % engine.dp_world_size == engine.global_rank)
 
 
 def _cut_by_stage_2(engine: DeepSpeedEngine, learning: list[tuple[str, Any]]) -> Iterator[Piece]:

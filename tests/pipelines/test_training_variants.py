@@ -78,11 +78,17 @@ def measure_variants(rank: int, dumped: dict[str, Any], variants: list[tuple[Any
 
 
 VARIANTS = {
-    1: [(2, "fp32", 4, "off", "none"), (2, "fp32", 1, "selective", "none"), (1, "fp32", 2, "full", "optimizer")],
+    1: [
+        (0, "fp32", 2, "off", "none"),
+        (2, "fp32", 4, "off", "none"),
+        (2, "fp32", 1, "selective", "none"),
+        (1, "fp32", 2, "full", "optimizer"),
+    ],
     2: [
         (2, "fp32", 4, "off", "optimizer"),
         (2, "fp32", 1, "selective", "none"),
         (1, "fp32", 2, "full", "none"),
+        (0, "fp32", 2, "off", "none"),
         (3, "fp32", 2, "full", "none"),
         (3, "fp32", 4, "off", "all"),
         (2, "bf16", 4, "off", "none"),
