@@ -222,8 +222,8 @@ class WorkerRun:
             self.engine.set_gradient_accumulation_boundary(micro.is_last)
             inputs = self._on_device(micro)
             loss = self.engine(**inputs, num_items_in_batch=micro.loss_tokens, use_cache=False).loss
-            # A tensor of its own: on the very one that forward returned, DeepSpeed's stage 0 divides the gradient by the
-            # number of accumulation steps, although it is told not to.
+            # A tensor of its own: where it is the very one that forward returned, DeepSpeed's stage 0 divides the
+            # gradient by the number of accumulation steps, although it is told not to.
             self.engine.backward(1.0 * loss, scale_wrt_gas=False)
             losses.append(loss.detach())
             meter.add_micro_batch(micro)
