@@ -36,6 +36,9 @@ _SUBJECTS: dict[str, tuple[type[BenchmarkSettings], Callable[[Any], Report]]] = 
 def main(argv: list[str] | None = None) -> int:
     """Measure one subject, print what was found and store it."""
     arguments = sys.argv[1:] if argv is None else argv
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(f"usage: benchmark.py {{{','.join(_SUBJECTS)}}} [--help]\n\n{__doc__}")
+        return 0
     if not arguments or arguments[0] not in _SUBJECTS:
         print(f"error: name what to measure: benchmark.py {{{','.join(_SUBJECTS)}}} [--help]", file=sys.stderr)
         return 2

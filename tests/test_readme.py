@@ -75,7 +75,7 @@ def test_jobs_take_these_recipes_and_flags(command: list[str], monkeypatch: pyte
         load_settings(SETTINGS[script], arguments)
 
 
-@pytest.mark.parametrize("script", sorted({*SETTINGS, "jobs/convert.py", "jobs/quickstart.py"}))
+@pytest.mark.parametrize("script", sorted({*SETTINGS, "jobs/benchmark.py", "jobs/convert.py", "jobs/quickstart.py"}))
 def test_jobs_run_as_scripts_and_explain_themselves(script: str) -> None:
     shown = subprocess.run(
         [sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
