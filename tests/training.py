@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothImageProcessor, FlashSlothProcessor
 from pipelines.training.metrics import read_metrics
 from pipelines.training.settings import TrainSettings
 from tests.fixtures.tiny import train_tokenizer
 from tests.prepared import coloured_rows, write_prepared
 
+RECIPES = Path(__file__).parents[1] / "jobs" / "recipes"
 PARTS = ["vision_tower", "pooling", "projector", "query_tokens", "embedded_query", "language_model"]
 TINY = {
     "text_config": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
@@ -19,6 +22,11 @@ TINY = {
     "pooling_dropout": 0.0,  # dropout draws per rank, so it would tell one worker from two
 }
 NUM_STEPS = 6
+
+
+def published_recipe(name: str, **changes: Any) -> TrainSettings:
+    """The recipe of this name in `jobs/recipes`, with whole sections changed."""
+    return TrainSettings.model_validate(yaml.safe_load((RECIPES / f"{name}.yaml").read_text()) | changes)
 
 
 def write_data(root: Path, rows: int = 20, text_only_every: int = 3) -> Path:

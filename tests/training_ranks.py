@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from s3fs import S3FileSystem
 
 from pipelines import storage
-from pipelines.training import saver
+from pipelines.training import export, saver
 from pipelines.training.host import Host, Outcome, Request
 from pipelines.training.loop import WorkerRun, run_worker
 from pipelines.training.process import prepare_process
 from pipelines.training.saver import CheckpointSaver
 from pipelines.training.settings import TrainSettings
+from tests.fixtures.tiny import build_processor, build_tiny_model
 from tests.ranks import RankGroup
 
 
@@ -127,6 +130,38 @@ def die_after_report_of_step_6(rank: int) -> None:
             die()
 
     ToldHost.report = dying  # type: ignore[method-assign]
+
+
+def die_writing_weights(rank: int) -> None:
+    """Killed with half of the exported weights on the disk."""
+    save = transformers.modeling_utils.safe_save_file
+
+    def half(tensors: Any, path: str, **rest: Any) -> None:
+        save(tensors, path, **rest)
+        os.truncate(path, os.path.getsize(path) // 2)
+        die()
+
+    transformers.modeling_utils.safe_save_file = half
+
+
+def die_before_rename(rank: int) -> None:
+    """Killed with the whole export written, beside its place."""
+    export._replace = lambda folder, target: die()
+
+
+def export_and_die(rank: int, target: str, file: str) -> None:
+    """Export the tiny model of the fixtures to an object store; killed when `file` is to be uploaded."""
+    upload = S3FileSystem.put_file
+
+    def dying(self: S3FileSystem, local: str, remote: str, **rest: Any) -> None:
+        if remote.endswith(file):
+            die()
+        upload(self, local, remote, **rest)
+
+    S3FileSystem.put_file = dying
+    processor = build_processor()
+    model = build_tiny_model(processor)
+    export.write_export(target, model, model.state_dict(), processor, step=2)
 
 
 def hang_in_step_3(rank: int) -> None:

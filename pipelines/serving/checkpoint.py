@@ -56,7 +56,10 @@ def check_folder(checkpoint: str | Path) -> None:
         raise CheckpointError(f"{checkpoint}: no such folder; name the folder that training exported")
     names = {entry.rstrip("/").rpartition("/")[2] for entry in store.ls(path, detail=False)}
     if "config.json" not in names:
-        raise CheckpointError(f"{checkpoint}: no config.json; name the folder that training exported")
+        raise CheckpointError(
+            f"{checkpoint}: no config.json, or its export was killed half-way; name the folder that training "
+            "exported, or run the training again: it exports once more"
+        )
     try:
         config = json.loads(store.cat_file(f"{path}/config.json"))
     except ValueError as error:

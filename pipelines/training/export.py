@@ -6,6 +6,7 @@ what the folder holds; without it the folder is no checkpoint of ours but the re
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import shutil
 import tempfile
@@ -25,6 +26,8 @@ MANIFEST_NAME = "export.json"
 _LARGEST_FILE = "4GB"
 _PART = ".part"
 """Ends the name of a folder that is being written."""
+_OLD = ".old"
+"""Ends the name of an earlier export, while the new one takes its place."""
 
 
 class ExportError(ValueError):
@@ -53,6 +56,9 @@ def write_export(
     """Save `state_dict` as a checkpoint of `model`'s kind, with its processor, at the folder or URI `target`."""
     local = storage.is_local(target)
     parent = Path(target).parent if local else Path(tempfile.mkdtemp(prefix="flashsloth-export-"))
+    for ending in (_PART, _OLD):  # left by an export that was killed
+        for remains in parent.glob(f".{glob.escape(Path(target).name)}.*{ending}"):
+            shutil.rmtree(remains, ignore_errors=True)
     folder = parent / f".{Path(target).name}.{uuid.uuid4().hex[:8]}{_PART}"
     try:
         model.save_pretrained(
@@ -151,7 +157,7 @@ def _require_checkpoint(folder: Path) -> None:
 
 def _replace(folder: Path, target: Path) -> None:
     """Rename `folder` to `target`; an earlier export there makes way, since a folder cannot be renamed over another."""
-    old = folder.with_suffix(".old")
+    old = folder.with_suffix(_OLD)
     if target.exists():
         target.rename(old)
     folder.rename(target)
@@ -160,12 +166,14 @@ def _replace(folder: Path, target: Path) -> None:
 
 def _upload(folder: Path, target: str, manifest: ExportManifest) -> None:
     file_system, path = storage.filesystem(target)
-    marker = f"{path}/{MANIFEST_NAME}"
-    if file_system.exists(marker):
-        file_system.rm(marker)  # from here on the folder is no checkpoint, until the new one is complete
-    for name in manifest.files:
+    # From here on the folder is no checkpoint until the new one is complete: for those who know the list of its files,
+    # and for all others, who know that a model has a configuration.
+    closing = ("config.json", MANIFEST_NAME)
+    for name in closing:
+        if file_system.exists(f"{path}/{name}"):
+            file_system.rm(f"{path}/{name}")
+    for name in (*(name for name in manifest.files if name not in closing), *closing):
         file_system.put_file(str(folder / name), f"{path}/{name}")
-    file_system.put_file(str(folder / MANIFEST_NAME), marker)
 
 
 def _download(uri: str, manifest: ExportManifest, folder: Path) -> None:

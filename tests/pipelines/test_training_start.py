@@ -1,0 +1,105 @@
+"""Where a run starts: model and processor that fit each other and the data, or an error that names both."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from flashsloth import FlashSlothForConditionalGeneration, FlashSlothImageProcessor, FlashSlothProcessor
+from pipelines.encode import encoder_facts
+from pipelines.shards.manifest import Manifest
+from pipelines.training.export import write_export
+from pipelines.training.settings import ModelSettings
+from pipelines.training.start import StartError, build_model, check_encoder, check_start, load_processor
+from tests.prepared import coloured_rows, write_prepared
+from tests.training import TINY, published_recipe
+
+
+@pytest.fixture
+def preset(processor, tmp_path) -> ModelSettings:
+    processor.save_pretrained(tmp_path / "processor")
+    return ModelSettings(preset="tiny", processor=str(tmp_path / "processor"), overrides=TINY)
+
+
+@pytest.fixture
+def model(preset) -> FlashSlothForConditionalGeneration:
+    return build_model(preset, load_processor(preset), "fp32", seed=0)
+
+
+def test_a_preset_follows_its_processor_and_its_seed(preset, model, processor):
+    assert model.config.image_token_id == processor.image_token_id
+    assert model.config.text_config.vocab_size >= len(processor.tokenizer)
+    assert model.training
+    again = build_model(preset, load_processor(preset), "fp32", seed=0)
+    other = build_model(preset, load_processor(preset), "fp32", seed=1)
+    weights = [m.model.projector.linear_1.weight for m in (model, again, other)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_selective_checkpointing_recomputes_every_second_layer(preset):
+    def recomputed(how: str) -> list[bool]:
+        preset.gradient_checkpointing = how
+        built = build_model(preset, load_processor(preset), "fp32", seed=0)
+        return [layer.gradient_checkpointing for layer in built.model.language_model.layers]
+
+    assert [recomputed(how) for how in ("off", "selective", "full")] == [[False, False], [True, False], [True, True]]
+
+
+def test_a_preset_that_disagrees_with_its_processor_is_refused(preset):
+    preset.overrides = TINY | {"pooling_size": 9}
+    with pytest.raises(StartError, match=r"makes 1 tokens of an image, the processor in .* puts 9"):
+        build_model(preset, load_processor(preset), "fp32", seed=0)
+
+
+def test_hd_starts_from_a_base_checkpoint(model, processor, tmp_path):
+    write_export(str(tmp_path / "export"), model, model.state_dict(), processor, step=1)
+    settings = ModelSettings(checkpoint=str(tmp_path / "export"), tiling="hd")
+    tiled = load_processor(settings)
+    assert (tiled.num_image_tokens, tiled.image_processor.tiling) == (45, "hd")
+    assert build_model(settings, tiled, "fp32", 0).config.num_image_tokens == 45
+    assert load_processor(ModelSettings(checkpoint=str(tmp_path / "export"))).identity() == processor.identity()
+
+
+def manifests(tmp_path, processor, **kinds) -> dict[str, Manifest]:
+    folders = {
+        name: write_prepared(tmp_path / name, coloured_rows(2), processor, payload=kinds[name]) for name in kinds
+    }
+    return {folder: Manifest.load(folder) for folder in folders.values()}
+
+
+def test_features_and_a_learning_tower_are_refused_naming_both(tmp_path, processor):
+    settings = published_recipe("instruct-hd")
+    with pytest.raises(StartError, match=r"payload 'features'.*train_parts .*vision_tower"):
+        check_start(settings, manifests(tmp_path, processor, a="features"), processor)
+    check_start(settings, manifests(tmp_path, processor, b="pixels"), processor)
+    check_start(published_recipe("instruct"), manifests(tmp_path, processor, a="features"), processor)
+
+
+def test_data_of_another_processor_or_of_mixed_payloads_are_refused_naming_both(tmp_path, processor, tokenizer):
+    other = FlashSlothProcessor(FlashSlothImageProcessor(size=126), tokenizer, num_image_tokens=9, query_separator="")
+    one = manifests(tmp_path, processor, a="pixels")
+    with pytest.raises(StartError, match=f"{processor.identity()[:12]}.*{other.identity()[:12]}"):
+        check_start(published_recipe("instruct"), one, other)
+    with pytest.raises(StartError, match="different payloads"):
+        check_start(published_recipe("instruct"), one | manifests(tmp_path, processor, b="original"), processor)
+
+
+def test_features_of_another_tower_are_refused_naming_both(tmp_path, processor, model):
+    """Also the start of a run whose tower is the one that made them, stored in another precision."""
+    for name, tower in (("own", model), ("other", copy.deepcopy(model))):
+        if name == "other":
+            next(tower.model.vision_tower.parameters()).data.mul_(2)
+        tower.to(torch.bfloat16).save_pretrained(tmp_path / name)
+    own, other = (encoder_facts(str(tmp_path / name)).identity for name in ("own", "other"))
+    prepared = {
+        folder: manifest.model_copy(update={"encoder_identity": own})
+        for folder, manifest in manifests(tmp_path, processor, features="features", pixels="pixels").items()
+    }
+    check_encoder(ModelSettings(checkpoint=str(tmp_path / "own")), prepared)
+    with pytest.raises(StartError, match=f"features of the tower {own}, this run starts with the tower {other}"):
+        check_encoder(ModelSettings(checkpoint=str(tmp_path / "other")), prepared)
+    with pytest.raises(StartError, match="tower of preset tiny starts from random numbers"):
+        check_encoder(ModelSettings(preset="tiny", processor="p"), prepared)
+    check_encoder(ModelSettings(preset="tiny", processor="p"), {"p": prepared[str(tmp_path / "pixels")]})
