@@ -15,7 +15,7 @@ from pydantic import AliasChoices, Field, NonNegativeFloat, NonNegativeInt, Posi
 
 from pipelines import storage
 from pipelines.evaluation import (
-    Answerer,
+    CheckpointAnswerer,
     answer_here,
     answer_on_ray,
     check_processor,
@@ -29,6 +29,8 @@ from pipelines.evaluation import (
 from pipelines.ray_session import start_ray
 from pipelines.settings import JobSettings, load_settings
 from pipelines.shards.reader import ShardedDataset
+from pipelines.training.settings import ModelSettings
+from pipelines.training.start import check_encoder
 
 
 class EvaluateSettings(JobSettings):
@@ -80,7 +82,8 @@ def evaluate(settings: EvaluateSettings) -> None:
     dataset = ShardedDataset(settings.data, cache_dir=settings.cache_dir)
     checkpoint = storage.resolve(settings.checkpoint)
     check_processor(checkpoint, dataset)
-    questions = read_questions(dataset, settings.limit)
+    check_encoder(ModelSettings(checkpoint=checkpoint), {dataset.folder: dataset.manifest})
+    questions = read_questions(dataset, range(min(settings.limit or len(dataset), len(dataset))))
     arguments: dict[str, Any] = {
         "checkpoint": checkpoint,
         "folder": dataset.folder,
@@ -93,7 +96,7 @@ def evaluate(settings: EvaluateSettings) -> None:
         workers = (settings.num_workers, settings.cpus_per_worker, settings.gpus_per_worker)
         answers = answer_on_ray(questions, settings.batch_size, *workers, arguments)
     else:
-        answers = answer_here(Answerer(**arguments), questions, settings.batch_size)
+        answers = answer_here(CheckpointAnswerer(**arguments), questions, settings.batch_size)
     judged = judge(dataset, questions, with_progress(answers, len(questions)))
     baseline = questions
     if settings.majority_from:

@@ -21,7 +21,7 @@ import numpy as np
 import ray
 import torch
 
-from flashsloth import FlashSlothProcessor
+from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
 from flashsloth.collation import collate
 from flashsloth.image_processing_flashsloth import GREY, normalize_pixels
 from pipelines import storage
@@ -65,8 +65,8 @@ class AnsweredQuestion:
     correct: bool
 
 
-def read_questions(dataset: ShardedDataset, limit: int | None = None) -> list[Question]:
-    """Every user turn of the split, in order; of the first `limit` rows where given.
+def read_questions(dataset: ShardedDataset, rows: Iterable[int] | None = None) -> list[Question]:
+    """Every user turn of the split, in order; of `rows` alone where given.
 
     Raises:
         EvaluationError: The split is in the caption layout, which has no questions, or holds no row.
@@ -76,7 +76,7 @@ def read_questions(dataset: ShardedDataset, limit: int | None = None) -> list[Qu
             f"{dataset.folder} is in layout '{dataset.manifest.layout}', which has no questions; prepare it as 'chat'"
         )
     questions = []
-    for index in range(min(len(dataset), limit or len(dataset))):
+    for index in range(len(dataset)) if rows is None else rows:
         row = dataset.read(index)
         messages, types = row["messages"], row["question_types"]
         for turn in range(len(messages) // 2):
@@ -90,6 +90,60 @@ def read_questions(dataset: ShardedDataset, limit: int | None = None) -> list[Qu
 
 
 class Answerer:
+    """A model that answers questions of a prepared split.
+
+    Args:
+        model: In evaluation mode, on the device where it shall work.
+        processor: The one that prepared the split.
+        dataset: The split.
+        blank_images: Show grey in place of every picture.
+        max_new_tokens: Longest answer.
+    """
+
+    def __init__(
+        self,
+        model: FlashSlothForConditionalGeneration,
+        processor: FlashSlothProcessor,
+        dataset: ShardedDataset,
+        blank_images: bool = False,
+        max_new_tokens: int = 64,
+    ) -> None:
+        self._model = model
+        self._processor = processor
+        self._dataset = dataset
+        self._blank_images = blank_images
+        self._max_new_tokens = max_new_tokens
+
+    @torch.inference_mode()
+    def answer(self, questions: Sequence[tuple[int, int]]) -> list[str]:
+        """Greedy answers to `(row, turn)` pairs, in one batch padded on the left."""
+        rows = {row: self._dataset.read(row) for row, _ in questions}
+        batch = collate(
+            [self._prompt(rows[row], turn) for row, turn in questions], self._processor.pad_token_id, "left"
+        )
+        inputs = {name: tensor.to(self._model.device) for name, tensor in batch.items()}
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = normalize_pixels(inputs["pixel_values"])
+        generated = self._model.generate(
+            **inputs,
+            do_sample=False,
+            max_new_tokens=self._max_new_tokens,
+            eos_token_id=self._processor.eos_token_id,
+            pad_token_id=self._processor.pad_token_id,
+        )
+        return self._processor.post_process(generated[:, inputs["input_ids"].shape[1] :])
+
+    def _prompt(self, row: dict[str, Any], turn: int) -> dict[str, Any]:
+        """The conversation up to question `turn`, and the image, as a sample for `collate`."""
+        stored = model_inputs(row, self._processor)
+        image = {name: stored[name] for name in ("pixel_values", "patch_features") if name in stored}
+        if image and self._blank_images:
+            image = {"pixel_values": _grey(self._processor)}
+        prompt = self._processor.encode(row["messages"][: 2 * turn + 1], has_image=bool(image))
+        return {"input_ids": prompt["input_ids"], "question_ids": prompt["question_ids"], **image}
+
+
+class CheckpointAnswerer(Answerer):
     """A checkpoint that answers questions of a prepared split. Also the class of a Ray Data actor pool.
 
     Args:
@@ -116,46 +170,17 @@ class Answerer:
     ) -> None:
         if num_threads:
             torch.set_num_threads(num_threads)
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = torch.bfloat16 if self._device.type == "cuda" else torch.float32
-        self._dataset = ShardedDataset(folder, cache_dir=cache_dir)
-        self._processor = check_processor(checkpoint, self._dataset)
-        self._model = load_export(checkpoint, dtype).eval().to(self._device)
-        self._blank_images = blank_images
-        self._max_new_tokens = max_new_tokens
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        dataset = ShardedDataset(folder, cache_dir=cache_dir)
+        processor = check_processor(checkpoint, dataset)
+        model = load_export(checkpoint, dtype).eval().to(device)
+        super().__init__(model, processor, dataset, blank_images, max_new_tokens)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """`row` int64[B] and `turn` int64[B] to the same and `answer`, for Ray Data."""
         answers = self.answer([(int(row), int(turn)) for row, turn in zip(batch["row"], batch["turn"], strict=True)])
         return {"row": batch["row"], "turn": batch["turn"], "answer": np.array(answers, dtype=object)}
-
-    @torch.inference_mode()
-    def answer(self, questions: Sequence[tuple[int, int]]) -> list[str]:
-        """Greedy answers to `(row, turn)` pairs, in one batch padded on the left."""
-        rows = {row: self._dataset.read(row) for row, _ in questions}
-        batch = collate(
-            [self._prompt(rows[row], turn) for row, turn in questions], self._processor.pad_token_id, "left"
-        )
-        inputs = {name: tensor.to(self._device) for name, tensor in batch.items()}
-        if "pixel_values" in inputs:
-            inputs["pixel_values"] = normalize_pixels(inputs["pixel_values"])
-        generated = self._model.generate(
-            **inputs,
-            do_sample=False,
-            max_new_tokens=self._max_new_tokens,
-            eos_token_id=self._processor.eos_token_id,
-            pad_token_id=self._processor.pad_token_id,
-        )
-        return self._processor.post_process(generated[:, inputs["input_ids"].shape[1] :])
-
-    def _prompt(self, row: dict[str, Any], turn: int) -> dict[str, Any]:
-        """The conversation up to question `turn`, and the image, as a sample for `collate`."""
-        stored = model_inputs(row, self._processor)
-        image = {name: stored[name] for name in ("pixel_values", "patch_features") if name in stored}
-        if image and self._blank_images:
-            image = {"pixel_values": _grey(self._processor)}
-        prompt = self._processor.encode(row["messages"][: 2 * turn + 1], has_image=bool(image))
-        return {"input_ids": prompt["input_ids"], "question_ids": prompt["question_ids"], **image}
 
 
 def check_processor(checkpoint: str, dataset: ShardedDataset) -> FlashSlothProcessor:
@@ -187,11 +212,11 @@ def answer_on_ray(
     gpus_per_worker: float,
     answerer_arguments: dict[str, Any],
 ) -> Iterator[dict[str, Any]]:
-    """Answer with a pool of `Answerer` actors on the connected cluster; yields as `answer_here` does."""
+    """Answer with a pool of `CheckpointAnswerer` actors on the connected cluster; yields as `answer_here` does."""
     ordered = sorted(questions, key=lambda question: question.num_tokens)
     table = ray.data.from_items([{"row": question.row, "turn": question.turn} for question in ordered])
     answered = table.map_batches(
-        Answerer,
+        CheckpointAnswerer,
         fn_constructor_kwargs={**answerer_arguments, "num_threads": max(1, int(cpus_per_worker))},
         compute=ray.data.ActorPoolStrategy(size=num_workers),
         batch_size=batch_size,

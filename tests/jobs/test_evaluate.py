@@ -58,3 +58,9 @@ def test_an_actor_pool_gives_the_same_answers(ray_session, places):
 def test_wrong_places_end_with_a_clear_error(places, tmp_path, capsys, field, words):
     assert main(flags(places | {field: str(tmp_path / "nowhere")})) == 1
     assert f"error: {tmp_path}/{words}" in capsys.readouterr().err
+
+
+def test_features_of_another_tower_are_refused(places, processor, tmp_path, capsys):
+    foreign = write_prepared(tmp_path / "features", coloured_rows(4), processor, payload="features")
+    assert main(flags(places | {"data": foreign})) == 1
+    assert f"error: {foreign} holds features of the tower test" in capsys.readouterr().err

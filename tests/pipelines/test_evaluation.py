@@ -12,7 +12,7 @@ from flashsloth import FlashSlothProcessor
 from flashsloth.image_processing_flashsloth import normalize_pixels
 from pipelines.evaluation import (
     AnsweredQuestion,
-    Answerer,
+    CheckpointAnswerer,
     EvaluationError,
     Question,
     answer_here,
@@ -78,7 +78,7 @@ def test_every_user_turn_is_a_question_with_its_type_and_truth(folder):
         (0, 2, "again", "red"),
         (1, 0, "colour", "green"),
     ]
-    assert len(read_questions(ShardedDataset(folder), limit=2)) == 6
+    assert len(read_questions(ShardedDataset(folder), rows=range(2))) == 6
 
 
 def test_rows_without_types_count_as_one_type(processor, tmp_path):
@@ -90,13 +90,15 @@ def test_rows_without_types_count_as_one_type(processor, tmp_path):
 @pytest.mark.parametrize("blank", [False, True])
 def test_batched_answers_are_those_of_each_question_alone(checkpoint, folder, blank):
     questions = read_questions(ShardedDataset(folder))
-    answerer = Answerer(checkpoint, folder, blank_images=blank, max_new_tokens=6)
+    answerer = CheckpointAnswerer(checkpoint, folder, blank_images=blank, max_new_tokens=6)
     given = {(a["row"], a["turn"]): a["answer"] for a in answer_here(answerer, questions, batch_size=5)}
     assert [given[q.row, q.turn] for q in questions] == one_by_one(checkpoint, folder, questions, blank)
 
 
 def test_a_blank_image_takes_the_picture_away(checkpoint, folder):
-    seen, blank = (Answerer(checkpoint, folder, blank_images=blank, max_new_tokens=6) for blank in (False, True))
+    seen, blank = (
+        CheckpointAnswerer(checkpoint, folder, blank_images=blank, max_new_tokens=6) for blank in (False, True)
+    )
     pictures = [(row, 0) for row in (0, 1, 3, 4)]  # four rows, four colours, otherwise alike
     assert len(set(seen.answer(pictures))) > 1
     same_words = [(0, 0), (3, 0), (6, 0)]
@@ -111,10 +113,12 @@ def test_all_payloads_can_be_evaluated(checkpoint, processor, tmp_path):
         for kind in ("pixels", "original", "features")
     }
     pairs = [(row, 0) for row in range(4)]
-    answers = {kind: Answerer(checkpoint, folder, max_new_tokens=4).answer(pairs) for kind, folder in folders.items()}
+    answers = {
+        kind: CheckpointAnswerer(checkpoint, folder, max_new_tokens=4).answer(pairs) for kind, folder in folders.items()
+    }
     assert answers["pixels"] == answers["original"]
     assert len(answers["features"]) == 4
-    blank = {kind: Answerer(checkpoint, folder, True, 4).answer(pairs) for kind, folder in folders.items()}
+    blank = {kind: CheckpointAnswerer(checkpoint, folder, True, 4).answer(pairs) for kind, folder in folders.items()}
     assert blank["pixels"] == blank["features"]
 
 
@@ -126,7 +130,7 @@ def test_the_majority_baseline_is_the_most_frequent_answer_of_a_type():
 
 def test_a_summary_counts_per_type_and_overall(folder):
     dataset = ShardedDataset(folder)
-    questions = read_questions(dataset, limit=2)
+    questions = read_questions(dataset, rows=range(2))
     answers = [{"row": q.row, "turn": q.turn, "answer": " red "} for q in reversed(questions)]
     judged = judge(dataset, questions, answers)
     assert [answer.correct for answer in judged] == [True] * 3 + [False] * 3
