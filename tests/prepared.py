@@ -9,9 +9,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 from PIL import Image
 
 from flashsloth import FlashSlothProcessor
+from flashsloth.collation import collate
+from flashsloth.image_processing_flashsloth import normalize_pixels
 from pipelines import storage
 from pipelines.shards.manifest import MANIFEST_NAME, Layout, Manifest, Payload, QuarantineEntry
 from pipelines.shards.schema import SAMPLE_SCHEMA, describe
@@ -36,6 +39,20 @@ def coloured_rows(count: int, text_only_every: int = 0, turns: int = 1) -> list[
         picture = Image.new("RGB", (140, 126), COLOURS[colour]) if with_image else None
         rows.append({"messages": messages, "question_types": ["colour"] * turns, "picture": picture})
     return rows
+
+
+def model_batch(processor: FlashSlothProcessor, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """What the model takes of `rows`, labels included; of one row, so without padding."""
+    samples = []
+    for row in rows:
+        sample = dict(processor.encode(row["messages"], row["picture"] is not None, layout="chat"))
+        if row["picture"] is not None:
+            sample["pixel_values"] = processor.image_processor.to_uint8(row["picture"])
+        samples.append(sample)
+    inputs = collate(samples, processor.pad_token_id)
+    if "pixel_values" in inputs:
+        inputs["pixel_values"] = normalize_pixels(inputs["pixel_values"])
+    return inputs
 
 
 def write_prepared(

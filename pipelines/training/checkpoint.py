@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -50,6 +50,7 @@ class RunIdentity(_Strict):
     length_group: int
     weights: list[float] | None = None
     train_parts: list[str]
+    lora: dict[str, Any] | None = None
     precision: str
 
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from flashsloth import FlashSlothConfig
+from pipelines.training.settings import LoraSettings
 
 # Dense bf16 with fp32 accumulation, TFLOP/s, as the makers' data sheets state them.
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "A800": 312.0, "L40S": 362.0, "A10G": 70.0, "L4": 121.0}
@@ -34,14 +35,25 @@ class FlopCounter:
         config: The model's shape.
         train_parts: The parts that learn, as in `pipelines.training.settings`; none for a forward pass alone.
         features: Whether images come as patch features, so that the tower never runs.
+        lora: The adapters of the language model, where it learns through them.
     """
 
-    def __init__(self, config: FlashSlothConfig, train_parts: Collection[str], features: bool = False) -> None:
+    def __init__(
+        self,
+        config: FlashSlothConfig,
+        train_parts: Collection[str],
+        features: bool = False,
+        lora: LoraSettings | None = None,
+    ) -> None:
         self._config = config
         self._learn = set(train_parts)
+        self._adapters = lora if "language_model" in self._learn else None
+        if self._adapters:
+            self._learn.remove("language_model")  # its own weights stay
         # Whether what enters a part needs a gradient: it does from the first part that learns on.
         self._patches_need = "vision_tower" in self._learn and not features
-        self._hidden_need = bool(self._learn)
+        parts_before = {"pooling", "projector", "query_tokens", "language_model"}
+        self._embeds_need = self._patches_need or bool(parts_before & self._learn)
         self._image = self._vision_of_an_image(features)
 
     def count(self, inputs: Mapping[str, torch.Tensor]) -> Flops:
@@ -77,29 +89,61 @@ class FlopCounter:
 
     def _language(self, length: int) -> float:
         text = self._config.text_config
-        width, passes = text.hidden_size, self._passes("language_model", self._hidden_need)
-        weights = 2 * length * (4 * width**2 + 2 * width * text.intermediate_size) * passes
-        attention = 2 * 2 * length**2 * width * (3 if self._hidden_need else 1)
-        return text.num_hidden_layers * (weights + attention) + 2 * length * width * text.vocab_size * passes
+        layers = sum(self._layer(length, self._layer_needs(index)) for index in range(text.num_hidden_layers))
+        head = self._passes("language_model", bool(self._learn) or self._adapters is not None)
+        return layers + 2 * length * text.hidden_size * text.vocab_size * head
+
+    def _layer_needs(self, index: int) -> bool:
+        """Whether the input of a decoder layer needs a gradient, after EmbQ in its layer."""
+        after_query = "embedded_query" in self._learn and index >= self._config.query_layer
+        return self._embeds_need or after_query or (self._adapters is not None and index > 0)
+
+    def _layer(self, length: int, needs: bool) -> float:
+        """A decoder layer: attention and MLP side by side, both behind one norm."""
+        width, inner = self._config.text_config.hidden_size, self._config.text_config.intermediate_size
+        learns = "language_model" in self._learn
+        adapters = self._adapters
+        adapted = set(adapters.target_modules) if adapters else set()
+        needs = needs or learns  # the norm, if nothing before it
+
+        def product(name: str, rows: int, columns: int, input_needs: bool) -> tuple[float, bool]:
+            """Operations of a weight matrix with its adapter, and whether its output needs a gradient."""
+            total = rows * columns * (1 + learns + input_needs)
+            if adapters and name in adapted:
+                total += adapters.rank * (rows * (2 + input_needs) + columns * 3)
+            return 2.0 * length * total, input_needs or learns or name in adapted
+
+        query, query_needs = product("q_proj", width, width, needs)
+        key, key_needs = product("k_proj", width, width, needs)
+        value, value_needs = product("v_proj", width, width, needs)
+        up, up_needs = product("fc1", width, inner, needs)
+        scores_need = query_needs or key_needs
+        attention = 2 * length**2 * width * (1 + query_needs + key_needs + 1 + scores_need + value_needs)
+        out, _ = product("dense", width, width, scores_need or value_needs)
+        down, _ = product("fc2", inner, width, up_needs)
+        return query + key + value + up + attention + out + down
 
     def _embedded_query(self, length: int, queries: int) -> float:
         config = self._config
         text, vision, inner = config.text_config.hidden_size, config.vision_config.hidden_size, config.query_hidden_size
         patches = config.num_tiles * config.num_patches
-        outer = self._passes("embedded_query", self._hidden_need)
+        learns = "embedded_query" in self._learn
+        hidden_need = self._embeds_need or (self._adapters is not None and config.query_layer > 0)
+        text_need = hidden_need or learns
+        keys_need = self._patches_need or learns
+        inside = self._passes("embedded_query", text_need)
         of_patches = self._passes("embedded_query", self._patches_need)
-        inside = self._passes("embedded_query", self._hidden_need)
-        keys = self._passes("embedded_query", self._patches_need or "embedded_query" in self._learn)
-        total = 2 * length * text * inner * outer
+        keys = self._passes("embedded_query", keys_need)
+        total = 2 * length * text * inner * self._passes("embedded_query", hidden_need)
         total += 2 * inner**2 * (queries + 2 * length) * inside
         total += 2 * patches * vision * inner * of_patches + 2 * patches * inner**2 * keys
         total += 2 * patches * vision**2 * of_patches
         total += 2 * inner**2 * queries * inside + 2 * queries * vision * text * inside
-        products = 3 if self._hidden_need else 1
-        keys_need = self._patches_need or "embedded_query" in self._learn
-        total += 2 * 2 * queries * length * inner * products
+        total += 2 * 2 * queries * length * inner * (3 if text_need else 1)
         # Where nothing behind the keys or values learns, no gradient goes to them.
-        total += 2 * queries * patches * (inner + vision) * (1 + (self._hidden_need + keys_need))
+        scores = 1 + text_need + keys_need
+        values = 1 + (text_need or keys_need) + keys_need
+        total += 2 * queries * patches * (inner * scores + vision * values)
         return total
 
 

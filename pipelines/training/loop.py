@@ -21,11 +21,11 @@ from pipelines.training.divergence import BadSteps, TrainingDiverged
 from pipelines.training.export import consolidated, read_export_step, write_export
 from pipelines.training.flops import FlopCounter, peak_tflops
 from pipelines.training.host import Host, Outcome, RayHost, Request
+from pipelines.training.lora import merge_adapters
 from pipelines.training.metrics import RunLog, StepMeter
 from pipelines.training.optimization import (
     build_optimizer,
     deepspeed_config,
-    freeze,
     schedule_factor,
     set_learning_rates,
 )
@@ -33,7 +33,7 @@ from pipelines.training.process import prepare_process, seed_step
 from pipelines.training.ranks import Ranks
 from pipelines.training.saver import CheckpointSaver
 from pipelines.training.settings import RunSettings, TrainSettings
-from pipelines.training.start import build_model, load_processor
+from pipelines.training.start import build_learner, load_processor
 from pipelines.training.state import StateError
 from pipelines.training.watchdog import Watchdog
 
@@ -60,6 +60,7 @@ def run_identity(settings: TrainSettings, manifests: list[Manifest]) -> RunIdent
         length_group=settings.data.length_group,
         weights=settings.data.weights,
         train_parts=sorted(settings.train_parts),
+        lora=settings.lora.model_dump(mode="json") if settings.lora else None,
         precision=settings.precision,
     )
 
@@ -131,12 +132,11 @@ class WorkerRun:
         )
         self.num_steps = settings.max_steps or settings.epochs * self.feed.batches_per_epoch
         self.identity = run_identity(settings, [dataset.manifest for dataset in rows.datasets])
-        model = build_model(settings.model, processor, settings.precision, settings.run.seed)
+        model = build_learner(settings, processor)
         shape = model.config
         self.patch_shape = (shape.num_tiles, shape.num_patches, shape.vision_config.hidden_size)
         features = any(dataset.manifest.payload == "features" for dataset in rows.datasets)
-        self.flops = FlopCounter(model.config, settings.train_parts, features)
-        freeze(model, settings.train_parts)
+        self.flops = FlopCounter(model.config, settings.train_parts, features, settings.lora)
         self.optimizer = build_optimizer(model, settings.optim)
         self.engine = _initialize(model, self.optimizer, settings, self.world_size)
         self.bad_steps = BadSteps(settings.run.max_bad_steps if settings.deepspeed.stage else 1)
@@ -188,8 +188,11 @@ class WorkerRun:
         self.watchdog.beat("exports the model")
         weights = consolidated(self.engine)
         if weights is not None:
+            lora = self.settings.lora
+            weights = merge_adapters(weights, lora) if lora else weights
             write_export(target, self.engine.module, weights, self.processor, self.num_steps)
-            print(f"exported the model to {target}", flush=True)
+            how = f", with its adapters of rank {lora.rank} merged into the weights" if lora else ""
+            print(f"exported the model to {target}{how}", flush=True)
         self.ranks.barrier()
 
     def _saver(self) -> CheckpointSaver:

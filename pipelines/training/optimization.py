@@ -10,13 +10,19 @@ import torch
 from torch import nn
 
 from flashsloth.modeling_flashsloth import part_of
+from pipelines.training.lora import is_adapter
 from pipelines.training.settings import OptimSettings, TrainSettings
 
 
 def freeze(model: nn.Module, train_parts: Collection[str]) -> None:
-    """Let only `train_parts` learn. Before `deepspeed.initialize`: it never notices a later change (DeepSpeed#6771)."""
+    """Let only `train_parts` learn; where a part has adapters, only they do.
+
+    Before `deepspeed.initialize`: it never notices a later change (DeepSpeed#6771).
+    """
+    adapted = {part_of(name) for name, _ in model.named_parameters() if is_adapter(name)}
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part_of(name) in train_parts)
+        part = part_of(name)
+        parameter.requires_grad_(part in train_parts and (part not in adapted or is_adapter(name)))
 
 
 def parameter_groups(model: nn.Module, optim: OptimSettings) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from pipelines.feed.sharing import TokenBudget
 from pipelines.settings import JobSettings, Section
 
 PartName = Literal["vision_tower", "pooling", "projector", "query_tokens", "embedded_query", "language_model"]
+PhiModule = Literal["q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"]
 NonNegative = Annotated[float, Field(ge=0)]
 
 
@@ -53,6 +54,21 @@ class ModelSettings(Section):
         if self.overrides and not self.preset:
             raise ValueError(f"model.overrides changes a preset; this run starts from {given[0]}")
         return self
+
+
+class LoraSettings(Section):
+    """Adapters of low rank that learn in place of the language model's weights."""
+
+    rank: PositiveInt = 128
+    """Inner width of an adapter."""
+    alpha: Annotated[float, Field(gt=0)] = 256.0
+    """An adapter's output is scaled by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Of an adapter's input. Drawn per rank: above 0, losses depend on the number of workers."""
+    target_modules: Annotated[list[PhiModule], Field(min_length=1)] = Field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"]
+    )
+    """Matrices of each decoder layer that get an adapter; by default all of them."""
 
 
 class DataSettings(Section):
@@ -212,6 +228,8 @@ class TrainSettings(JobSettings):
     """What the run starts from."""
     train_parts: Annotated[list[PartName], Field(min_length=1)]
     """The parts that learn; all others stay as they are."""
+    lora: LoraSettings | None = None
+    """With it the language model learns through adapters alone; the other `train_parts` learn as a whole."""
     data: DataSettings
     """What is read."""
     batch: BatchSettings = BatchSettings()
@@ -249,6 +267,8 @@ class TrainSettings(JobSettings):
             )
         if self.deepspeed.stage == 0 and self.precision == "bf16":
             raise ValueError("deepspeed.stage 0 keeps no fp32 weights beside bf16 ones: use stage 1, or precision fp32")
+        if self.lora and "language_model" not in self.train_parts:
+            raise ValueError(f"lora is for the language_model, which train_parts {self.train_parts} does not train")
         unused = sorted(set(self.optim.part_lr) - set(self.train_parts))
         if unused:
             raise ValueError(f"optim.part_lr names {unused}, which train_parts {self.train_parts} does not train")

@@ -20,6 +20,8 @@ from pipelines.encode import encoder_facts
 from pipelines.feed import BudgetError, TokenBudget
 from pipelines.shards.manifest import Manifest
 from pipelines.training.export import fetch_export, load_export
+from pipelines.training.lora import add_adapters
+from pipelines.training.optimization import freeze
 from pipelines.training.process import seed_start
 from pipelines.training.settings import ModelSettings, TrainSettings
 
@@ -75,6 +77,15 @@ def build_model(
         for layer in (layer for stack in stacks for layer in stack[1::2]):
             layer.gradient_checkpointing = False
     return built.train()
+
+
+def build_learner(settings: TrainSettings, processor: FlashSlothProcessor) -> FlashSlothForConditionalGeneration:
+    """The model as a run trains it: with its adapters, and with gradients where something learns."""
+    model = build_model(settings.model, processor, settings.precision, settings.run.seed)
+    if settings.lora:
+        add_adapters(model, settings.lora)
+    freeze(model, settings.train_parts)
+    return model
 
 
 def check_start(settings: TrainSettings, manifests: dict[str, Manifest], processor: FlashSlothProcessor) -> None:
