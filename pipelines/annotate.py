@@ -17,11 +17,10 @@ from pipelines.annotation.pool import run_chunks
 from pipelines.annotation.settings import AnnotateSettings
 from pipelines.preparation.indexing import plan_chunks
 from pipelines.preparation.plan import check_terms
-from pipelines.preparation.progress import Progress
-from pipelines.preparation.row_images import SourceFiles, source_files
+from pipelines.preparation.row_images import source_files
 from pipelines.preparation.settings import CONFIG_NAME
+from pipelines.preparation.work_loop import work_off
 from pipelines.ray_session import start_ray
-from pipelines.ray_tasks import retried
 from pipelines.settings import dump_settings
 from pipelines.shards.manifest import MANIFEST_NAME
 
@@ -57,7 +56,11 @@ def annotate(settings: AnnotateSettings) -> AnnotationManifest | None:
         return None
     ledger = AnnotationLedger(output, plan, settings.max_error_share)
     storage.write_bytes(storage.join(output, CONFIG_NAME), dump_settings(settings).encode())
-    _run(ledger, files, settings)
+
+    def run(pending: list[int]) -> Iterator[PartReceipt]:
+        return run_chunks(plan, pending, files, output, settings, _token())
+
+    work_off(ledger, run)
     return ledger.publish()
 
 
@@ -67,26 +70,6 @@ def model_identity(settings: AnnotateSettings) -> str:
         return f"endpoint:{served_model(settings.endpoint, _token())}"
     assert settings.checkpoint is not None
     return checkpoint_identity(settings.checkpoint)
-
-
-def _run(ledger: AnnotationLedger, files: tuple[SourceFiles, ...], settings: AnnotateSettings) -> None:
-    if ledger.receipts:
-        print(f"resuming: {len(ledger.receipts)} of {len(ledger.plan.chunks)} chunks are done", flush=True)
-    ledger.check_share()
-    if not ledger.pending:
-        return
-    progress = Progress(ledger.plan.num_rows, ledger.num_done, bad="without an answer", tokens=ledger.num_tokens)
-
-    def pending() -> Iterator[PartReceipt]:
-        return run_chunks(ledger.plan, ledger.pending, files, ledger.output, settings, _token())
-
-    try:
-        for receipt in retried(pending):
-            ledger.commit(receipt)
-            ledger.check_share()
-            progress.update(ledger.num_done, ledger.errors.total(), ledger.num_tokens)
-    finally:
-        progress.finish(ledger.num_done, ledger.errors.total())
 
 
 def _token() -> str:

@@ -19,12 +19,11 @@ from pipelines.preparation.indexing import plan_chunks
 from pipelines.preparation.ledger import Ledger
 from pipelines.preparation.plan import Plan, Terms, check_terms, code_identity, load_plan
 from pipelines.preparation.processor import load_processor
-from pipelines.preparation.progress import Progress
-from pipelines.preparation.row_images import SourceFiles, source_files
+from pipelines.preparation.row_images import source_files
 from pipelines.preparation.settings import CONFIG_NAME, PrepareSettings
 from pipelines.preparation.sources import PlanError, source_terms
+from pipelines.preparation.work_loop import work_off
 from pipelines.ray_session import start_ray
-from pipelines.ray_tasks import retried
 from pipelines.settings import dump_settings
 from pipelines.shards.manifest import MANIFEST_NAME, Manifest
 from pipelines.shards.receipts import Receipt
@@ -65,7 +64,11 @@ def prepare(settings: PrepareSettings) -> Manifest | None:
     ledger = Ledger(output, plan, settings.max_quarantined_share)
     storage.write_bytes(storage.join(output, CONFIG_NAME), dump_settings(settings).encode())
     begun_with, start = ledger.num_done, time.monotonic()
-    _run(ledger, files, processor, settings)
+
+    def run(pending: list[int]) -> Iterator[Receipt]:
+        return run_chunks(plan, pending, files, output, processor, settings.encoder)
+
+    work_off(ledger, run)
     return ledger.publish(LastRun(rows=ledger.num_done - begun_with, seconds=time.monotonic() - start))
 
 
@@ -89,28 +92,6 @@ def make_terms(settings: PrepareSettings, processor: FlashSlothProcessor) -> Ter
         encoder_identity=tower.identity if tower else None,
         code=code_identity(),
     )
-
-
-def _run(
-    ledger: Ledger, files: tuple[SourceFiles, ...], processor: FlashSlothProcessor, settings: PrepareSettings
-) -> None:
-    if ledger.receipts:
-        print(f"resuming: {len(ledger.receipts)} of {len(ledger.plan.chunks)} chunks are done", flush=True)
-    ledger.check_share()
-    progress = Progress(ledger.plan.num_rows, ledger.num_done)
-    if not ledger.pending:
-        return
-
-    def pending() -> Iterator[Receipt]:
-        return run_chunks(ledger.plan, ledger.pending, files, ledger.output, processor, settings.encoder)
-
-    try:
-        for receipt in retried(pending):
-            ledger.commit(receipt)
-            ledger.check_share()
-            progress.update(ledger.num_done, ledger.num_quarantined)
-    finally:
-        progress.finish(ledger.num_done, ledger.num_quarantined)
 
 
 def _image_shape(

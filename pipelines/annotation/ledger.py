@@ -10,7 +10,7 @@ from pipelines import storage
 from pipelines.annotation.parts import PartEntry
 from pipelines.annotation.plan import AnnotationPlan
 from pipelines.annotation.settings import PartFormat
-from pipelines.preparation.receipt_book import PublishError, ReceiptBook
+from pipelines.preparation.receipt_book import ReceiptBook
 from pipelines.shards.manifest import MANIFEST_NAME, ManifestError
 from pipelines.shards.receipts import AccountingError, ChunkReceipt
 
@@ -19,6 +19,16 @@ class PartReceipt(ChunkReceipt):
     """That the part of one chunk is written."""
 
     part: PartEntry
+
+    @property
+    def reasons(self) -> Counter[str]:
+        """Reason -> rows without an answer."""
+        return Counter(self.part.errors)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the answers."""
+        return self.part.answer_tokens
 
 
 class AnnotationManifest(BaseModel):
@@ -62,40 +72,17 @@ class AnnotationManifest(BaseModel):
 
 
 class AnnotationLedger(ReceiptBook[AnnotationPlan, PartReceipt]):
-    """The progress of `plan` in the folder `output`. Reads the receipts that are there.
+    """The progress of an annotation; see ReceiptBook."""
 
-    Raises:
-        PlanError: the folder belongs to another plan.
-        StorageError: the store does not honour conditional writes.
-    """
+    bad = "without an answer"
+    share_field = "max_error_share"
 
     def __init__(self, output: str, plan: AnnotationPlan, max_error_share: float) -> None:
-        super().__init__(output, plan, PartReceipt)
-        self.max_error_share = max_error_share
+        super().__init__(output, plan, PartReceipt, max_error_share)
 
-    @property
-    def errors(self) -> Counter[str]:
-        """Reason -> rows without an answer so far."""
-        return sum((Counter(receipt.part.errors) for receipt in self.receipts.values()), Counter())
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all answers so far."""
-        return sum(receipt.part.answer_tokens for receipt in self.receipts.values())
-
-    def check_share(self) -> None:
-        """Raise PublishError as soon as more rows are without an answer than the whole annotation may have."""
-        reasons, planned = self.errors, self.plan.num_rows
-        bad = reasons.total()
-        if bad <= self.max_error_share * planned and bad < planned:
-            return
-        listed = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
-        example = next(receipt.part.example for receipt in self.ordered() if receipt.part.errors)
-        raise PublishError(
-            f"{self.output}: {bad} of {planned} rows have no answer ({listed}), more than max_error_share "
-            f"{self.max_error_share:g} allows; for example {example}. Nothing is published. Raise the share, or mend "
-            "the corpus and annotate it into another output"
-        )
+    def bad_example(self) -> str:
+        """A row without an answer, and why."""
+        return str(next(receipt.part.example for receipt in self.ordered() if receipt.part.errors))
 
     def publish(self) -> AnnotationManifest:
         """Write the manifest, last of all.
@@ -115,7 +102,7 @@ class AnnotationLedger(ReceiptBook[AnnotationPlan, PartReceipt]):
             model=terms.model,
             format=terms.format,
             rows=sum(entry.rows for entry in entries),
-            errors=dict(sorted(self.errors.items())),
+            errors=dict(sorted(self.reasons.items())),
             prompt_tokens=sum(entry.prompt_tokens for entry in entries),
             answer_tokens=sum(entry.answer_tokens for entry in entries),
             parts=entries,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections import Counter
 from collections.abc import Iterable, Iterator
 
 import pyarrow as pa
@@ -12,7 +11,7 @@ import pyarrow.parquet as pq
 from pipelines import storage
 from pipelines.preparation.data_receipt import LastRun, gather, write_data_receipt
 from pipelines.preparation.plan import Plan
-from pipelines.preparation.receipt_book import PublishError, ReceiptBook
+from pipelines.preparation.receipt_book import ReceiptBook
 from pipelines.shards.images import ImageStore
 from pipelines.shards.manifest import Manifest, QuarantineEntry
 from pipelines.shards.receipts import AccountingError, QuarantinedRow, Receipt
@@ -22,35 +21,18 @@ QUARANTINE_NAME = "quarantine.parquet"
 
 
 class Ledger(ReceiptBook[Plan, Receipt]):
-    """The progress of `plan` in the folder `output`. Reads the receipts that are there.
+    """The progress of a preparation; see ReceiptBook."""
 
-    Raises:
-        PlanError: the folder belongs to another plan.
-        StorageError: the store does not honour conditional writes.
-    """
+    bad = "quarantined"
+    share_field = "max_quarantined_share"
 
     def __init__(self, output: str, plan: Plan, max_quarantined_share: float) -> None:
-        super().__init__(output, plan, Receipt)
-        self.max_quarantined_share = max_quarantined_share
+        super().__init__(output, plan, Receipt, max_quarantined_share)
 
-    @property
-    def num_quarantined(self) -> int:
-        """Rows quarantined so far."""
-        return sum(len(receipt.quarantined) for receipt in self.receipts.values())
-
-    def check_share(self) -> None:
-        """Raise PublishError as soon as more rows are quarantined than the whole preparation may lose."""
-        bad, planned = self.num_quarantined, self.plan.num_rows
-        if bad <= self.max_quarantined_share * planned and bad < planned:
-            return
-        reasons = ", ".join(f"{reason} {count}" for reason, count in self._reasons().most_common())
-        example = next(self._quarantined())
-        raise PublishError(
-            f"{self.output}: {bad} of {planned} rows are quarantined ({reasons}), more than max_quarantined_share "
-            f"{self.max_quarantined_share:g} allows; for example {example.location}: {example.reason}: "
-            f"{example.detail}. Nothing is published. Raise the share, or mend the corpus and prepare it into "
-            "another output"
-        )
+    def bad_example(self) -> str:
+        """The first quarantined row, where it lies and why."""
+        row = next(self._quarantined())
+        return f"{row.location}: {row.reason}: {row.detail}"
 
     def publish(self, run: LastRun | None = None) -> Manifest:
         """Write the table of quarantined rows, the data receipt and then, last of all, the manifest.
@@ -72,9 +54,6 @@ class Ledger(ReceiptBook[Plan, Receipt]):
 
     def _quarantined(self) -> Iterator[QuarantinedRow]:
         return (row for receipt in self.ordered() for row in receipt.quarantined)
-
-    def _reasons(self) -> Counter[str]:
-        return Counter(row.reason for row in self._quarantined())
 
     def _account(self) -> None:
         """Every row of every chunk is accounted for. That its keys are the planned ones its writer has checked."""
@@ -102,8 +81,8 @@ class Ledger(ReceiptBook[Plan, Receipt]):
             schema=describe(SAMPLE_SCHEMA),
             planned=self.plan.num_rows,
             written=sum(receipt.written for receipt in receipts),
-            quarantined=self.num_quarantined,
-            quarantine_reasons=dict(sorted(self._reasons().items())),
+            quarantined=self.num_bad,
+            quarantine_reasons=dict(sorted(self.reasons.items())),
             quarantine=_write_quarantine(self.output, self._quarantined()),
             shards=[receipt.shard for receipt in receipts if receipt.shard],
         )

@@ -6,8 +6,10 @@ receipt for its own, and both arrive at one manifest. A book lives on the driver
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 from pipelines import storage
 from pipelines.preparation.plan import PLAN_NAME, CorpusPlan
@@ -23,24 +25,41 @@ class PublishError(ValueError):
     """The work is done or under way, but nothing may be published; the message says why and what helps."""
 
 
-class ReceiptBook(Generic[PlanKind, ReceiptKind]):
+class ReceiptBook(ABC, Generic[PlanKind, ReceiptKind]):
     """The progress of `plan` in the folder `output`. Reads the receipts that are there.
+
+    Its totals are kept as receipts come: to count them anew for each of a million chunks would take days.
 
     Args:
         output: a local path or any URI of fsspec.
         plan: written into the folder if it is empty.
         kind: what a receipt says.
+        max_bad_share: with a larger share of rows of which nothing comes, nothing is published.
+
+    Attributes:
+        num_done: rows accounted for so far.
+        reasons: reason -> rows of which nothing came so far.
+        num_tokens: generated so far.
 
     Raises:
         PlanError: the folder belongs to another plan.
         StorageError: the store does not honour conditional writes.
     """
 
-    def __init__(self, output: str, plan: PlanKind, kind: type[ReceiptKind]) -> None:
+    bad: ClassVar[str]
+    """What rows are of which nothing came: quarantined, ..."""
+    share_field: ClassVar[str]
+    """The setting that bounds their share."""
+
+    def __init__(self, output: str, plan: PlanKind, kind: type[ReceiptKind], max_bad_share: float) -> None:
         self.output = output
         self.plan = plan
         self.plan_identity = plan.identity()
+        self.max_bad_share = max_bad_share
         self.receipts: dict[int, ReceiptKind] = {}
+        self.num_done = 0
+        self.num_tokens = 0
+        self.reasons: Counter[str] = Counter()
         self._kind = kind
         self._open_plan()
         names = [name for name in storage.list_names(storage.join(output, RECEIPT_FOLDER)) if name.endswith(".json")]
@@ -54,9 +73,13 @@ class ReceiptBook(Generic[PlanKind, ReceiptKind]):
         return [number for number in range(len(self.plan.chunks)) if number not in self.receipts]
 
     @property
-    def num_done(self) -> int:
-        """Rows accounted for so far."""
-        return sum(receipt.planned for receipt in self.receipts.values())
+    def num_bad(self) -> int:
+        """Rows so far of which nothing came."""
+        return self.reasons.total()
+
+    @abstractmethod
+    def bad_example(self) -> str:
+        """One of these rows and what is wrong with it; there is one."""
 
     def commit(self, receipt: ReceiptKind) -> None:
         """Put `receipt` if its chunk has none; else keep the one that another driver has put."""
@@ -68,6 +91,18 @@ class ReceiptBook(Generic[PlanKind, ReceiptKind]):
     def ordered(self) -> Iterator[ReceiptKind]:
         """The receipts so far, in the order of their chunks."""
         return (self.receipts[number] for number in sorted(self.receipts))
+
+    def check_share(self) -> None:
+        """Raise PublishError as soon as more rows are bad than the whole work may lose."""
+        planned = self.plan.num_rows
+        if self.num_bad <= self.max_bad_share * planned and self.num_bad < planned:
+            return
+        listed = ", ".join(f"{reason} {count}" for reason, count in self.reasons.most_common())
+        raise PublishError(
+            f"{self.output}: {self.num_bad} of {planned} rows are {self.bad} ({listed}), more than {self.share_field} "
+            f"{self.max_bad_share:g} allows; for example {self.bad_example()}. Nothing is published. Raise the share, "
+            "or mend the corpus and write into another output"
+        )
 
     def check_complete(self) -> None:
         """Raise AccountingError unless every chunk has a receipt for exactly as many rows as were planned."""
@@ -105,4 +140,9 @@ class ReceiptBook(Generic[PlanKind, ReceiptKind]):
                 f"{storage.join(self.output, receipt.name)}: a receipt of plan {receipt.plan[:12]}, this is plan "
                 f"{self.plan_identity[:12]}; use another output"
             )
+        if receipt.chunk in self.receipts:  # the store keeps the first, and so does the book
+            return
         self.receipts[receipt.chunk] = receipt
+        self.num_done += receipt.planned
+        self.num_tokens += receipt.num_tokens
+        self.reasons += receipt.reasons

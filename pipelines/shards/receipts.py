@@ -6,6 +6,7 @@ happened, so a preparation that was killed at any instant goes on where its rece
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection
 
 from pydantic import BaseModel, ConfigDict
@@ -74,6 +75,16 @@ class ChunkReceipt(BaseModel):
         """Path of the receipt below the dataset's folder."""
         return receipt_name(self.chunk)
 
+    @property
+    def reasons(self) -> Counter[str]:
+        """Reason -> rows of which nothing came."""
+        raise NotImplementedError
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that were generated; 0 where the work generates none."""
+        return 0
+
 
 class Receipt(ChunkReceipt):
     """What became of the rows of one chunk in preparation."""
@@ -87,6 +98,11 @@ class Receipt(ChunkReceipt):
     def written(self) -> int:
         """Rows in the shard."""
         return self.shard.rows if self.shard else 0
+
+    @property
+    def reasons(self) -> Counter[str]:
+        """Reason -> quarantined rows."""
+        return Counter(row.reason for row in self.quarantined)
 
 
 def receipt_name(chunk: int) -> str:

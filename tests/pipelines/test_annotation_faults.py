@@ -157,7 +157,7 @@ def test_more_than_the_allowed_share_of_errors_publishes_nothing(corpus: Path) -
     write_corpus(corpus, [*(row(number) for number in range(8)), *[row(0, image="images/nowhere.jpg")] * 2])
     settings = annotate_settings(corpus)
     with pytest.raises(
-        PublishError, match=r"2 of 10 rows have no answer \(image_missing 2\).*example corpus:8: image_"
+        PublishError, match=r"2 of 10 rows are without an answer \(image_missing 2\).*example corpus:8: image_"
     ):
         annotate_here(settings)
     assert not storage.exists(f"{settings.output}/manifest.json")

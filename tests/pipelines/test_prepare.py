@@ -12,7 +12,7 @@ import pytest
 
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
 from flashsloth.image_processing_flashsloth import decode_image
-from pipelines.preparation.ledger import PublishError
+from pipelines.preparation.receipt_book import PublishError
 from pipelines.preparation.settings import PrepareSettings
 from pipelines.preparation.sources import PlanError
 from pipelines.prepare import prepare

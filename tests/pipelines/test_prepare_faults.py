@@ -21,7 +21,7 @@ from pipelines import prepare as prepare_module
 from pipelines import storage
 from pipelines.encode import EncoderError
 from pipelines.preparation import samples
-from pipelines.preparation.ledger import PublishError
+from pipelines.preparation.receipt_book import PublishError
 from pipelines.preparation.sources import PlanError
 from pipelines.prepare import prepare
 from pipelines.shards import Manifest, ShardedDataset, ShardError

@@ -9,8 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines import storage
-from pipelines.preparation.ledger import Ledger, PublishError
+from pipelines.preparation.ledger import Ledger
 from pipelines.preparation.plan import Chunk, Plan, Terms, load_plan
+from pipelines.preparation.receipt_book import PublishError
 from pipelines.preparation.sources import PlanError, SourceTerms
 from pipelines.shards import Manifest
 from pipelines.shards.receipts import AccountingError, QuarantinedRow, Receipt
@@ -63,7 +64,7 @@ def test_resumes_where_its_receipts_end(place: str) -> None:
     ledger.commit(make_receipt(place, plan, 1, bad=1))
     resumed = Ledger(place, plan, 0.5)
     assert resumed.pending == [0, 2]
-    assert (resumed.num_done, resumed.num_quarantined) == (2, 1)
+    assert (resumed.num_done, resumed.num_bad) == (2, 1)
     with pytest.raises(AccountingError, match="2 of 3 chunks have no receipt"):
         resumed.publish()
     for chunk in (2, 0):  # in any order
@@ -93,7 +94,7 @@ def test_second_driver_takes_the_first_ones_receipt(place: str) -> None:
     first.commit(make_receipt(place, plan, 0))
     second.commit(make_receipt(place, plan, 0, bad=1))  # it saw one of the rows fail
     assert first.publish() == second.publish()
-    assert second.num_quarantined == 0
+    assert second.num_bad == 0
 
 
 def test_folder_belongs_to_one_plan(tmp_path: Path) -> None:
