@@ -15,7 +15,7 @@ from pipelines import storage
 from pipelines.corpora.spans import Extent, Span
 from pipelines.records import FileFormatError, Record, Row, RowError
 
-_BLOCK = 8 * 2**20
+_BLOCK = 4 * 2**20
 _BOM = b"\xef\xbb\xbf"
 _BLANKS = b" \t\r\n"
 # A string, an object without brackets in it (a turn of a conversation: most of the file in one match), or a bracket or
