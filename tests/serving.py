@@ -123,6 +123,11 @@ class Load:
         self.outcomes[outcome] += 1
         return outcome
 
+    async def ask_once(self, body: dict[str, Any]) -> str:
+        """Send one request on a connection of its own."""
+        async with aiohttp.ClientSession() as session:
+            return await self.ask(session, body)
+
     async def leave_early(self, session: aiohttp.ClientSession, body: dict[str, Any]) -> None:
         """Begin to read a stream, and hang up."""
         with contextlib.suppress(aiohttp.ClientError):

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import numpy as np
 import pytest
 
@@ -84,23 +83,23 @@ def test_a_flood_is_turned_away_and_leaves_no_trace(address: str) -> None:
     """20 times as many clients as there are slots and places to wait, for half a minute."""
 
     async def check() -> None:
-        alone = Load(address)
-        async with aiohttp.ClientSession() as session:
-            for seed in range(5):
-                await alone.ask(session, request_body(seed, 16))
         await warm_up(address, small, 3)
         before = Footprint()
         load = Load(address)
-        async with load.running(20 * (SLOTS + WAITING), small):
+        start = time.monotonic()
+        clients = 20 * (SLOTS + WAITING)
+        async with load.running(clients, small):
             await asyncio.sleep(FLOOD_S)
+        elapsed = time.monotonic() - start
         assert set(load.outcomes) == {"200", "429"}, load.outcomes
         assert load.missing_retry_after == 0
-        # Whoever is let in waits for at most its place in the queue, not for the flood.
-        assert np.quantile(load.seconds, 0.99) < 5, np.quantile(load.seconds, [0.5, 0.9, 0.99])
-        start = time.monotonic()
-        async with aiohttp.ClientSession() as session:
-            assert await load.ask(session, request_body(1, 16)) == "200"
-        assert time.monotonic() - start < 2
+        # On average a client hears one answer, yes or no, in this time, whatever the machine. Whoever is let in waits
+        # for its place in a short queue beyond that, not for the flood.
+        turn = elapsed * clients / load.outcomes.total()
+        accepted = np.quantile(load.seconds, [0.5, 0.99])
+        assert accepted[1] < 5 * turn, (accepted, turn, load.outcomes)
+        assert await load.ask_once(request_body(1, 16)) == "200"
+        assert load.seconds[-1] < accepted[0], (load.seconds[-1], accepted)  # it recovers at once
         await until(lambda: is_idle(address), PATIENCE_S, "an idle service")
         check_growth(before, Footprint())
 
