@@ -15,11 +15,14 @@ from pydantic import BaseModel
 from ray.actor import ActorHandle
 from ray.train import Checkpoint, CheckpointUploadMode
 from ray.train.v2._internal.execution.context import get_train_context
+from ray.train.v2.api.preemption import PreemptionInfo
 
 from pipelines.training.checkpoint import remove_remains
 from pipelines.training.ranks import Ranks
 
 _BEAT_S = 2.0
+_NODE_DIGITS = 8
+"""Of a node's id, as people are shown it."""
 
 
 class Request(IntEnum):
@@ -64,6 +67,28 @@ class Supervisor:
         self._stop = asyncio.Event()
         self._outcome: Outcome | None = None
         self._last_beat = time.monotonic()
+        self._places: dict[int, str] = {}
+        self._news: list[str] = []
+        self._told: set[str] = set()
+
+    async def settle(self, rank: int, place: str) -> None:
+        """A rank says where it runs."""
+        self._places[rank] = place
+
+    async def places(self) -> dict[int, str]:
+        """Rank -> where it runs, or last ran."""
+        return self._places
+
+    async def tell(self, line: str) -> None:
+        """Something that whoever watches the run should read, once."""
+        if line not in self._told:
+            self._told.add(line)
+            self._news.append(line)
+
+    async def news(self) -> list[str]:
+        """What has been told since the last call."""
+        news, self._news = self._news, []
+        return news
 
     async def stop(self) -> None:
         """Ask the workers to save and end."""
@@ -99,6 +124,9 @@ class RayHost(Host):
         self._rank = rank
         self._stopping = threading.Event()
         self._notice: Any = None
+        if supervisor:
+            node = ray.get_runtime_context().get_node_id()
+            supervisor.settle.remote(rank, f"{ray.util.get_node_ip_address()} (node {node[:_NODE_DIGITS]})")
         if supervisor and rank == 0:
             threading.Thread(target=self._listen, name="supervisor", daemon=True).start()
 
@@ -110,6 +138,8 @@ class RayHost(Host):
         notice = get_train_context().preemption_context.preemption_info
         if notice is not None and notice != self._notice:
             self._notice = notice
+            if self._rank == 0:
+                print(_announce(notice, time.time()), flush=True)
             return Request.CHECKPOINT
         return Request.NOTHING
 
@@ -142,3 +172,12 @@ class RayHost(Host):
                 return  # the driver is gone, and this process goes with it
             if asked:
                 self._stopping.set()
+
+
+def _announce(notice: PreemptionInfo, now_s: float) -> str:
+    """What a notice that machines will be taken away means for the run."""
+    nodes = "; ".join(
+        f"node {node[:_NODE_DIGITS]} with ranks {ranks}" for node, ranks in notice.preempted_node_to_ranks.items()
+    )
+    left = f" in {max(0.0, notice.deadline_ms / 1000 - now_s):.0f} s" if notice.deadline_ms else ""
+    return f"to be taken away{left}: {nodes}. A checkpoint is saved now; then the run restarts without them"

@@ -23,6 +23,7 @@ from pipelines.training.console import show_worker_lines_only
 from pipelines.training.host import Supervisor
 from pipelines.training.lookout import Lookout, drop_unusable_record
 from pipelines.training.loop import export_uri, run_identity, run_uri, train_worker
+from pipelines.training.lost_ranks import TellLostRanks
 from pipelines.training.process import require_compiler, worker_environment
 from pipelines.training.settings import ScalingSettings, TrainSettings
 from pipelines.training.start import check_encoder, check_start, load_processor
@@ -188,6 +189,7 @@ def _trainer(settings: TrainSettings, config: dict[str, Any], worker: Callable[[
             checkpoint_config=CheckpointConfig(num_to_keep=run.keep),
             worker_runtime_env={"env_vars": environment},
             logging_config=LoggingConfig(log_level="WARNING"),
+            callbacks=[TellLostRanks(config["supervisor"])],
         ),
     )
 

@@ -1,4 +1,4 @@
-"""The driver's eyes while Ray Train runs: SIGTERM, and workers that never come."""
+"""The driver's eyes while Ray Train runs: SIGTERM, workers that are lost, and workers that never come."""
 
 from __future__ import annotations
 
@@ -50,6 +50,7 @@ class Lookout:
     def __exit__(self, *exception: object) -> None:
         self._done.set()
         self._thread.join()
+        self._pass_on_news()
         if self._handler_before is not None:
             signal.signal(signal.SIGTERM, self._handler_before)
 
@@ -60,6 +61,7 @@ class Lookout:
         asked = False
         while not self._done.wait(_LOOK_EVERY_S):
             quiet: Any = ray.get(self._supervisor.quiet_for.remote())
+            self._pass_on_news()
             if self.stopped and not asked:
                 asked = True
                 print("SIGTERM: the workers save a checkpoint and end", flush=True)
@@ -68,6 +70,11 @@ class Lookout:
             if self.too_quiet or (self.stopped and quiet > _SIGNS_OF_LIFE_S):
                 self._abandon()
                 return
+
+    def _pass_on_news(self) -> None:
+        news: Any = ray.get(self._supervisor.news.remote())
+        for line in news:
+            print(line, flush=True)
 
 
 def drop_unusable_record(run_uri: str) -> None:
