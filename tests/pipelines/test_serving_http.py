@@ -1,126 +1,22 @@
-"""Every request that is wrong gets a clear refusal, in OpenAI's shape, before the model sees it."""
+"""What clients get over HTTP: answers, streams, models, health, metrics and the page."""
 
 from __future__ import annotations
 
 import base64
 import io
-import json
 import re
 import time
-from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import numpy as np
-import pytest
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
-from pydantic import ValidationError
 from starlette.testclient import TestClient
 
-from pipelines.serving.authentication import hash_token
-from pipelines.serving.engine import Encoder, Engine, EngineSettings, Prompt
 from pipelines.serving.errors import ApiError
-from pipelines.serving.http import build_http
-from pipelines.serving.metrics import EngineMetrics, IngressMetrics, exposition
-from pipelines.serving.replies import Desk, Reply
 from pipelines.serving.service import Service
 from pipelines.serving.settings import Limits, Policy
-from tests.fixtures.tiny import build_processor, build_tiny_model
-
-LIMITS = Limits(
-    max_body_bytes=60_000, max_image_pixels=10_000, max_prompt_tokens=160, max_tokens=32, default_max_tokens=6
-)
-
-
-class Backend:
-    """An engine in this process, which remembers what it was given."""
-
-    def __init__(self) -> None:
-        processor = build_processor()
-        self.engine = Engine(build_tiny_model(processor), processor, EngineSettings(max_slots=4))
-        self.desk = Desk(self.engine)
-        self.prompts: list[Prompt] = []
-        self.error: Exception | None = None
-        self.breaks_after: int | None = None
-
-    async def answer(self, prompt: Prompt) -> Reply:
-        self.prompts.append(prompt)
-        if self.error:
-            raise self.error
-        reply = await self.desk.answer(prompt)
-        if isinstance(reply, ApiError):
-            raise reply
-        return reply
-
-    async def stream(self, prompt: Prompt) -> AsyncIterator[Reply]:
-        self.prompts.append(prompt)
-        pieces = 0
-        async for reply in self.desk.stream(prompt):
-            if self.error and pieces == (self.breaks_after or 0):
-                raise self.error
-            if isinstance(reply, ApiError):
-                raise reply
-            pieces += 1
-            yield reply
-
-    async def check(self) -> None:
-        if self.error:
-            raise self.error
-        self.engine.check()
-
-
-@pytest.fixture(scope="module")
-def shared_backend() -> Iterator[Backend]:
-    backend = Backend()
-    yield backend
-    backend.engine.close()
-
-
-@pytest.fixture
-def backend(shared_backend: Backend) -> Backend:
-    shared_backend.prompts, shared_backend.error, shared_backend.breaks_after = [], None, None
-    return shared_backend
-
-
-@pytest.fixture
-def service(backend: Backend) -> Service:
-    metrics = IngressMetrics("ingress-1")
-    engine_metrics = EngineMetrics("engine-1")
-
-    async def read_metrics() -> bytes:
-        return exposition([metrics.collect(), engine_metrics.collect(backend.engine.stats())])
-
-    encoder = Encoder(backend.engine.processor)
-    return Service("tiny", encoder, backend, metrics, Policy(limits=LIMITS), read_metrics)
-
-
-@pytest.fixture
-def client(service: Service) -> Iterator[TestClient]:
-    with TestClient(build_http(service), raise_server_exceptions=False) as client:
-        yield client
-
-
-def data_uri(width: int = 40, height: int = 30, kind: str = "PNG") -> str:
-    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, kind)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-def with_image(url: str, text: str = "What color is it?") -> list[dict[str, Any]]:
-    return [{"type": "text", "text": text}, {"type": "image_url", "image_url": {"url": url}}]
-
-
-def user(content: Any = "What color is it?") -> dict[str, Any]:
-    return {"role": "user", "content": content}
-
-
-def body(**changes: Any) -> dict[str, Any]:
-    return {"model": "tiny", "messages": [user(with_image(data_uri()))], **changes}
-
-
-def post(client: TestClient, **changes: Any) -> Any:
-    return client.post("/v1/chat/completions", json=body(**changes))
+from tests.serving_http import LIMITS, Backend, body, data_uri, post, stream, user, with_image
 
 
 def test_an_answer_has_the_shape_of_a_completion(client: TestClient, backend: Backend) -> None:
@@ -172,86 +68,6 @@ def test_an_answer_has_the_default_length_where_none_is_asked(client: TestClient
     assert backend.prompts[0].sampling.max_tokens == LIMITS.default_max_tokens
 
 
-REFUSED = {
-    "stream options": ({"stream_options": {"include_usage": True}}, "stream_options", "set stream"),
-    "unknown stream options": ({"stream": True, "stream_options": {"x": 1}}, "stream_options", "not supported"),
-    "several answers": ({"n": 2}, "n", ""),
-    "tools": ({"tools": []}, "tools", "the field 'tools' is not supported"),
-    "no messages": ({"messages": []}, "messages", ""),
-    "temperature": ({"temperature": -1}, "temperature", ""),
-    "top_p": ({"top_p": 0}, "top_p", ""),
-    "too many tokens": ({"max_tokens": 33}, "max_tokens", "max_tokens is 33, at most 32 are allowed"),
-    "both lengths": ({"max_tokens": 3, "max_completion_tokens": 3}, "max_completion_tokens", "not both"),
-    "empty stop": ({"stop": ""}, "stop", ""),
-    "five stops": ({"stop": list("abcde")}, "stop", ""),
-    "unknown role": ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role", ""),
-    "system": ({"messages": [{"role": "system", "content": "x"}, user()]}, "messages", "not 'user'"),
-    "answer last": ({"messages": [user(), {"role": "assistant", "content": "x"}]}, "messages", "not a question"),
-    "empty question": ({"messages": [user(" ")]}, "messages", "no text"),
-    "long question": ({"messages": [user("many words " * 100)]}, "messages", "at most 160"),
-    "audio": ({"messages": [user([{"type": "input_audio", "input_audio": {}}])]}, "messages.0.content", ""),
-    "two images": (
-        {"messages": [user([*with_image(data_uri()), *with_image(data_uri())])]},
-        "messages",
-        "one image at most",
-    ),
-    "late image": (
-        {"messages": [user(), {"role": "assistant", "content": "x"}, user(with_image(data_uri()))]},
-        "messages",
-        "in the first user message",
-    ),
-    "web image": ({"messages": [user(with_image("https://a.example/x.png"))]}, "messages", "not fetched"),
-    "metadata service": ({"messages": [user(with_image("http://169.254.169.254/"))]}, "messages", "not fetched"),
-    "file": ({"messages": [user(with_image("file:///etc/passwd"))]}, "messages", "not fetched"),
-    "no base64": ({"messages": [user(with_image("data:image/png;base64,@@@"))]}, "messages", "no valid base64"),
-    "plain data": ({"messages": [user(with_image("data:image/png,abc"))]}, "messages", "without base64"),
-    "empty image": ({"messages": [user(with_image("data:image/png;base64,"))]}, "messages", "0 bytes"),
-    "no image": ({"messages": [user(with_image("data:image/png;base64,AAAA"))]}, "messages", ""),
-    "cut image": ({"messages": [user(with_image(data_uri(kind="JPEG")[:900]))]}, "messages", ""),
-    "format": ({"messages": [user(with_image(data_uri(kind="GIF")))]}, "messages", "GIF"),
-    "pixels": ({"messages": [user(with_image(data_uri(101, 100)))]}, "messages", "at most 10000"),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_answered_is_refused_before_the_model(name: str, client: TestClient, backend: Backend) -> None:
-    changes, param, message = REFUSED[name]
-    response = post(client, **changes)
-    assert response.status_code == 422, response.text
-    error = response.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    assert error["type"] == "invalid_request_error"
-    assert error["code"]
-    assert error["param"].startswith(param)
-    assert message in error["message"]
-    assert not backend.prompts
-
-
-@pytest.mark.parametrize("text", [b"", b"{", b"[]", b'{"model": "tiny"}', b"\xff\xfe", b'{"model": 1, "messages": 2}'])
-def test_a_broken_body_is_refused(text: bytes, client: TestClient, backend: Backend) -> None:
-    response = client.post("/v1/chat/completions", content=text)
-    assert response.status_code == 422
-    assert response.json()["error"]["code"] == "invalid_request"
-    assert not backend.prompts
-
-
-def test_a_large_body_is_refused_with_and_without_its_length(client: TestClient, backend: Backend) -> None:
-    large = json.dumps(body(user="x" * LIMITS.max_body_bytes)).encode()
-    sent_as_stream = (large[i : i + 1000] for i in range(0, len(large), 1000))
-    for content in (large, sent_as_stream):
-        response = client.post("/v1/chat/completions", content=content)
-        assert response.status_code == 413
-        assert response.json()["error"]["code"] == "body_too_large"
-    assert not backend.prompts
-
-
-def test_an_unknown_model_is_not_found(client: TestClient, backend: Backend) -> None:
-    response = post(client, model="gpt-4o")
-    assert (response.status_code, response.json()["error"]["code"]) == (404, "model_not_found")
-    assert "'tiny'" in response.json()["error"]["message"]
-    assert not backend.prompts
-
-
 def test_models(client: TestClient) -> None:
     (model,) = client.get("/v1/models").json()["data"]
     assert (model["id"], model["object"]) == ("tiny", "model")
@@ -262,18 +78,6 @@ def test_models(client: TestClient) -> None:
 def test_unknown_paths_and_methods_have_the_same_shape(client: TestClient) -> None:
     assert client.get("/v2").json()["error"]["message"] == "GET /v2: Not Found"
     assert client.get("/v1/chat/completions").status_code == 405
-
-
-def stream(client: TestClient, **changes: Any) -> tuple[int, list[dict[str, Any]]]:
-    """The status and the events of a stream; each ends in an empty line, the last one says that it is done."""
-    response = post(client, stream=True, **changes)
-    if response.headers["content-type"] != "text/event-stream; charset=utf-8":
-        return response.status_code, [response.json()]
-    events = response.text.split("\n\n")
-    assert events.pop() == ""
-    if events[-1] == "data: [DONE]":
-        events.pop()
-    return response.status_code, [json.loads(event.removeprefix("data: ")) for event in events]
 
 
 def test_a_stream_adds_up_to_the_whole_answer(client: TestClient) -> None:
@@ -317,64 +121,6 @@ def test_health_follows_the_engine(client: TestClient, backend: Backend) -> None
     backend.error = None
     assert client.get("/health").json() == {"status": "ok"}
     assert (response.status_code, response.json()["error"]["code"]) == (503, "unavailable")
-
-
-def test_overload_says_when_to_come_back(client: TestClient, backend: Backend) -> None:
-    backend.error = ApiError(429, "too many requests are waiting; try again", "overloaded")
-    response = post(client)
-    assert (response.status_code, response.headers["retry-after"]) == (429, "1")
-    assert response.json()["error"]["type"] == "rate_limit_error"
-
-
-def test_a_fault_of_ours_shows_nothing_of_its_inside(client: TestClient, backend: Backend) -> None:
-    backend.error = RuntimeError("secret path /home/x")
-    response = post(client)
-    assert (response.status_code, response.json()["error"]["code"]) == (500, "internal_error")
-    assert "secret" not in response.text
-
-
-def test_tokens_are_asked_for_everywhere_but_at_the_health_and_the_page(client: TestClient, service: Service) -> None:
-    service.adopt(Policy(limits=LIMITS, tokens={"reader": hash_token("right"), "other": hash_token("also")}))
-    for sent, code in ((None, "missing_token"), ("wrong", "invalid_token"), ("", "missing_token")):
-        headers = {} if sent is None else {"authorization": f"Bearer {sent}"}
-        answers = [client.get(path, headers=headers) for path in ("/v1/models", "/v1/models/tiny", "/metrics")]
-        answers.append(client.post("/v1/chat/completions", json=body(), headers=headers))
-        for answer in answers:
-            assert (answer.status_code, answer.json()["error"]["code"]) == (401, code)
-            assert answer.headers["www-authenticate"] == "Bearer"
-            assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
-        assert client.get("/health").status_code == client.get("/").status_code == 200
-    for token in ("right", "also"):
-        assert client.get("/v1/models", headers={"authorization": f"Bearer {token}"}).status_code == 200
-
-
-def test_a_client_that_asks_too_often_is_told_when_to_come_back(client: TestClient, service: Service) -> None:
-    service.adopt(Policy(limits=LIMITS.model_copy(update={"requests_per_minute": 2})))
-    answers = [post(client) for _ in range(3)]
-    assert [answer.status_code for answer in answers] == [200, 200, 429]
-    assert answers[-1].json()["error"]["code"] == "rate_limited"
-    assert 0 < int(answers[-1].headers["retry-after"]) <= 30
-
-
-def test_more_open_requests_than_allowed_are_turned_away_unread(
-    client: TestClient, service: Service, backend: Backend
-) -> None:
-    service.adopt(Policy(limits=LIMITS.model_copy(update={"max_open_requests": 1})))
-    service._num_open = 1
-    response = client.post("/v1/chat/completions", content=b"never read")
-    assert (response.status_code, response.headers["retry-after"]) == (429, "1")
-    service._num_open = 0
-    assert post(client).status_code == 200
-
-
-def test_the_policy_can_change_between_two_requests(client: TestClient, service: Service) -> None:
-    assert post(client, max_tokens=8).status_code == 200
-    changed = service.policy.changed({"limits": {"max_tokens": 7}})
-    assert changed.limits == LIMITS.model_copy(update={"max_tokens": 7})
-    service.adopt(changed)
-    assert post(client, max_tokens=8).json()["error"]["code"] == "max_tokens_too_large"
-    with pytest.raises(ValidationError, match="max_token"):
-        service.policy.changed({"limits": {"max_token": 7}})
 
 
 def test_an_answer_whose_time_is_over_is_cut(client: TestClient, service: Service, backend: Backend) -> None:

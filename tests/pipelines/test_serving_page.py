@@ -23,8 +23,8 @@ from pipelines.serving.service import Service
 from pipelines.serving.settings import Limits, Policy
 from tests.fixtures.ray_session import REPOSITORY
 from tests.fixtures.tiny import build_processor, build_tiny_model
-from tests.pipelines.test_serving_http import Backend
 from tests.serving import free_port, png
+from tests.serving_http import Backend
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SCREENSHOTS = REPOSITORY / "outputs" / "screenshots"  # ignored by git, kept as the artefact of a test run

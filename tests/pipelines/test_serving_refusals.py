@@ -1,0 +1,152 @@
+"""Every request that is wrong gets a clear refusal, in OpenAI's shape, before the model sees it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from pydantic import ValidationError
+from starlette.testclient import TestClient
+
+from pipelines.serving.authentication import hash_token
+from pipelines.serving.errors import ApiError
+from pipelines.serving.service import Service
+from pipelines.serving.settings import Policy
+from tests.serving_http import LIMITS, Backend, body, data_uri, post, user, with_image
+
+REFUSED = {
+    "stream options": ({"stream_options": {"include_usage": True}}, "stream_options", "set stream"),
+    "unknown stream options": ({"stream": True, "stream_options": {"x": 1}}, "stream_options", "not supported"),
+    "several answers": ({"n": 2}, "n", ""),
+    "tools": ({"tools": []}, "tools", "the field 'tools' is not supported"),
+    "no messages": ({"messages": []}, "messages", ""),
+    "temperature": ({"temperature": -1}, "temperature", ""),
+    "top_p": ({"top_p": 0}, "top_p", ""),
+    "too many tokens": ({"max_tokens": 33}, "max_tokens", "max_tokens is 33, at most 32 are allowed"),
+    "both lengths": ({"max_tokens": 3, "max_completion_tokens": 3}, "max_completion_tokens", "not both"),
+    "empty stop": ({"stop": ""}, "stop", ""),
+    "five stops": ({"stop": list("abcde")}, "stop", ""),
+    "unknown role": ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role", ""),
+    "system": ({"messages": [{"role": "system", "content": "x"}, user()]}, "messages", "not 'user'"),
+    "answer last": ({"messages": [user(), {"role": "assistant", "content": "x"}]}, "messages", "not a question"),
+    "empty question": ({"messages": [user(" ")]}, "messages", "no text"),
+    "long question": ({"messages": [user("many words " * 100)]}, "messages", "at most 160"),
+    "audio": ({"messages": [user([{"type": "input_audio", "input_audio": {}}])]}, "messages.0.content", ""),
+    "two images": (
+        {"messages": [user([*with_image(data_uri()), *with_image(data_uri())])]},
+        "messages",
+        "one image at most",
+    ),
+    "late image": (
+        {"messages": [user(), {"role": "assistant", "content": "x"}, user(with_image(data_uri()))]},
+        "messages",
+        "in the first user message",
+    ),
+    "web image": ({"messages": [user(with_image("https://a.example/x.png"))]}, "messages", "not fetched"),
+    "metadata service": ({"messages": [user(with_image("http://169.254.169.254/"))]}, "messages", "not fetched"),
+    "file": ({"messages": [user(with_image("file:///etc/passwd"))]}, "messages", "not fetched"),
+    "no base64": ({"messages": [user(with_image("data:image/png;base64,@@@"))]}, "messages", "no valid base64"),
+    "plain data": ({"messages": [user(with_image("data:image/png,abc"))]}, "messages", "without base64"),
+    "empty image": ({"messages": [user(with_image("data:image/png;base64,"))]}, "messages", "0 bytes"),
+    "no image": ({"messages": [user(with_image("data:image/png;base64,AAAA"))]}, "messages", ""),
+    "cut image": ({"messages": [user(with_image(data_uri(kind="JPEG")[:900]))]}, "messages", ""),
+    "format": ({"messages": [user(with_image(data_uri(kind="GIF")))]}, "messages", "GIF"),
+    "pixels": ({"messages": [user(with_image(data_uri(101, 100)))]}, "messages", "at most 10000"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_answered_is_refused_before_the_model(name: str, client: TestClient, backend: Backend) -> None:
+    changes, param, message = REFUSED[name]
+    response = post(client, **changes)
+    assert response.status_code == 422, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error"
+    assert error["code"]
+    assert error["param"].startswith(param)
+    assert message in error["message"]
+    assert not backend.prompts
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b'{"model": "tiny"}', b"\xff\xfe", b'{"model": 1, "messages": 2}'])
+def test_a_broken_body_is_refused(text: bytes, client: TestClient, backend: Backend) -> None:
+    response = client.post("/v1/chat/completions", content=text)
+    assert response.status_code == 422
+    assert response.json()["error"]["code"] == "invalid_request"
+    assert not backend.prompts
+
+
+def test_a_large_body_is_refused_with_and_without_its_length(client: TestClient, backend: Backend) -> None:
+    large = json.dumps(body(user="x" * LIMITS.max_body_bytes)).encode()
+    sent_as_stream = (large[i : i + 1000] for i in range(0, len(large), 1000))
+    for content in (large, sent_as_stream):
+        response = client.post("/v1/chat/completions", content=content)
+        assert response.status_code == 413
+        assert response.json()["error"]["code"] == "body_too_large"
+    assert not backend.prompts
+
+
+def test_an_unknown_model_is_not_found(client: TestClient, backend: Backend) -> None:
+    response = post(client, model="gpt-4o")
+    assert (response.status_code, response.json()["error"]["code"]) == (404, "model_not_found")
+    assert "'tiny'" in response.json()["error"]["message"]
+    assert not backend.prompts
+
+
+def test_overload_says_when_to_come_back(client: TestClient, backend: Backend) -> None:
+    backend.error = ApiError(429, "too many requests are waiting; try again", "overloaded")
+    response = post(client)
+    assert (response.status_code, response.headers["retry-after"]) == (429, "1")
+    assert response.json()["error"]["type"] == "rate_limit_error"
+
+
+def test_a_fault_of_ours_shows_nothing_of_its_inside(client: TestClient, backend: Backend) -> None:
+    backend.error = RuntimeError("secret path /home/x")
+    response = post(client)
+    assert (response.status_code, response.json()["error"]["code"]) == (500, "internal_error")
+    assert "secret" not in response.text
+
+
+def test_tokens_are_asked_for_everywhere_but_at_the_health_and_the_page(client: TestClient, service: Service) -> None:
+    service.adopt(Policy(limits=LIMITS, tokens={"reader": hash_token("right"), "other": hash_token("also")}))
+    for sent, code in ((None, "missing_token"), ("wrong", "invalid_token"), ("", "missing_token")):
+        headers = {} if sent is None else {"authorization": f"Bearer {sent}"}
+        answers = [client.get(path, headers=headers) for path in ("/v1/models", "/v1/models/tiny", "/metrics")]
+        answers.append(client.post("/v1/chat/completions", json=body(), headers=headers))
+        for answer in answers:
+            assert (answer.status_code, answer.json()["error"]["code"]) == (401, code)
+            assert answer.headers["www-authenticate"] == "Bearer"
+            assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+        assert client.get("/health").status_code == client.get("/").status_code == 200
+    for token in ("right", "also"):
+        assert client.get("/v1/models", headers={"authorization": f"Bearer {token}"}).status_code == 200
+
+
+def test_a_client_that_asks_too_often_is_told_when_to_come_back(client: TestClient, service: Service) -> None:
+    service.adopt(Policy(limits=LIMITS.model_copy(update={"requests_per_minute": 2})))
+    answers = [post(client) for _ in range(3)]
+    assert [answer.status_code for answer in answers] == [200, 200, 429]
+    assert answers[-1].json()["error"]["code"] == "rate_limited"
+    assert 0 < int(answers[-1].headers["retry-after"]) <= 30
+
+
+def test_more_open_requests_than_allowed_are_turned_away_unread(
+    client: TestClient, service: Service, backend: Backend
+) -> None:
+    service.adopt(Policy(limits=LIMITS.model_copy(update={"max_open_requests": 1})))
+    service._num_open = 1
+    response = client.post("/v1/chat/completions", content=b"never read")
+    assert (response.status_code, response.headers["retry-after"]) == (429, "1")
+    service._num_open = 0
+    assert post(client).status_code == 200
+
+
+def test_the_policy_can_change_between_two_requests(client: TestClient, service: Service) -> None:
+    assert post(client, max_tokens=8).status_code == 200
+    changed = service.policy.changed({"limits": {"max_tokens": 7}})
+    assert changed.limits == LIMITS.model_copy(update={"max_tokens": 7})
+    service.adopt(changed)
+    assert post(client, max_tokens=8).json()["error"]["code"] == "max_tokens_too_large"
+    with pytest.raises(ValidationError, match="max_token"):
+        service.policy.changed({"limits": {"max_token": 7}})
