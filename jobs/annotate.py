@@ -5,8 +5,7 @@
     python jobs/annotate.py verify FOLDER                      # hash everything again, count every input once
 
 Killed and run again, it goes on where it was; run on a finished folder, it says so and ends. What it writes is a
-corpus:
-`parts/SOURCE/*.parquet` (format parquet) or `*.jsonl` (format messages) feed jobs/prepare.py.
+corpus: `parts/SOURCE/*.parquet` (format parquet) or `*.jsonl` (format messages) feed jobs/prepare.py.
 """
 
 from __future__ import annotations
@@ -14,27 +13,19 @@ from __future__ import annotations
 import argparse
 import sys
 
-from botocore.exceptions import BotoCoreError
-
 from pipelines import storage
 from pipelines.annotate import annotate
 from pipelines.annotation.parts import PART_FOLDER
 from pipelines.annotation.settings import AnnotateSettings
 from pipelines.annotation.verify import verify
+from pipelines.exit_status import exit_status
 from pipelines.settings import load_settings
 
 
 def main(argv: list[str] | None = None) -> int:
     """Annotate, or check what was written. Returns the exit status: 0, or 1 after one line on stderr."""
     arguments = sys.argv[1:] if argv is None else argv
-    try:
-        return _verify(arguments[1:]) if arguments[:1] == ["verify"] else _annotate(arguments)
-    except KeyboardInterrupt:
-        print("\nstopped; run the same command again to go on from here", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, BotoCoreError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return exit_status(lambda: _verify(arguments[1:]) if arguments[:1] == ["verify"] else _annotate(arguments))
 
 
 def _annotate(arguments: list[str]) -> int:

@@ -2,7 +2,7 @@
 
     python jobs/benchmark.py data                     # preparing images and reading shards, on a local disk
     python jobs/benchmark.py data --s3 s3://BUCKET/F  # and on an object store; AWS_ENDPOINT_URL names another than AWS
-    python jobs/benchmark.py train                    # a step against the published forward, the feed, padding
+    python jobs/benchmark.py train                    # a step against the published forward, feed, overhead, padding
     python jobs/benchmark.py annotate                 # one annotation worker against the engine in it
     python jobs/benchmark.py serve                    # the service against a loop, static batching and its own engine
     python jobs/benchmark.py data --quick             # small enough to see whether it runs; its figures mean nothing
@@ -22,6 +22,7 @@ from pipelines.benchmarks.serving import ServeBenchmark, measure_serve
 from pipelines.benchmarks.settings import BenchmarkSettings
 from pipelines.benchmarks.table import Report
 from pipelines.benchmarks.training import TrainBenchmark, measure_train
+from pipelines.exit_status import exit_status
 from pipelines.settings import load_settings
 
 # Subject -> its settings, and what measures it with them.
@@ -44,14 +45,14 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     settings_class, measure = _SUBJECTS[arguments[0]]
     settings = load_settings(settings_class, arguments[1:], prog=f"benchmark.py {arguments[0]}")
-    try:
+
+    def work() -> int:
         report = measure(settings)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    path = report.save(settings.output)
-    print(f"\n{report.text()}\n\n{path}")
-    return 0 if all(bound.is_met for bound in report.bounds) else 1
+        path = report.save(settings.output)
+        print(f"\n{report.text()}\n\n{path}")
+        return 0 if all(bound.is_met for bound in report.bounds) else 1
+
+    return exit_status(work, stopped="nothing was measured to the end")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from pipelines.evaluation import (
     with_progress,
     write_evaluation,
 )
+from pipelines.exit_status import exit_status
 from pipelines.ray_session import start_ray
 from pipelines.settings import JobSettings, load_settings
 from pipelines.shards.reader import ShardedDataset
@@ -65,18 +66,10 @@ class EvaluateSettings(JobSettings):
 def main(argv: list[str] | None = None) -> int:
     """Parse, check, answer, report."""
     settings = load_settings(EvaluateSettings, argv, prog="evaluate.py")
-    try:
-        evaluate(settings)
-    except KeyboardInterrupt:
-        print("\nstopped; nothing was written", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_status(lambda: evaluate(settings), stopped="nothing was written")
 
 
-def evaluate(settings: EvaluateSettings) -> None:
+def evaluate(settings: EvaluateSettings) -> int:
     """Answer, judge, write, print."""
     started = time.monotonic()
     dataset = ShardedDataset(settings.data, cache_dir=settings.cache_dir)
@@ -112,6 +105,7 @@ def evaluate(settings: EvaluateSettings) -> None:
     }
     write_evaluation(storage.resolve(settings.output), judged, summary)
     print_summary(summary)
+    return 0
 
 
 def print_summary(summary: dict) -> None:

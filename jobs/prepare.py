@@ -15,9 +15,8 @@ import argparse
 import sys
 from collections.abc import Callable, Iterable
 
-from botocore.exceptions import BotoCoreError
-
 from pipelines import storage
+from pipelines.exit_status import exit_status
 from pipelines.preparation.collection import find_garbage, remove
 from pipelines.preparation.data_receipt import RECEIPT_PAGE
 from pipelines.preparation.inspection import Inspector
@@ -31,14 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     """Prepare, or look after what was prepared. Returns the exit status: 0, or 1 after one line on stderr."""
     arguments = sys.argv[1:] if argv is None else argv
     command = _COMMANDS.get(arguments[0]) if arguments else None
-    try:
-        return command(_parser().parse_args(arguments)) if command else _prepare(arguments)
-    except KeyboardInterrupt:
-        print("\nstopped; run the same command again to go on from here", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, BotoCoreError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return exit_status(lambda: command(_parser().parse_args(arguments)) if command else _prepare(arguments))
 
 
 def _prepare(arguments: list[str]) -> int:

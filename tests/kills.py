@@ -10,6 +10,8 @@ import multiprocessing
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
@@ -17,12 +19,23 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from pipelines import storage
+from pipelines.settings import JobSettings, dump_settings
 from tests.corpus import encoded
 
 Found = TypeVar("Found")
 When = Literal["before", "midway", "after"]
 _SECONDS = 60
 _WRITES = ("write_bytes", "put_if_absent")
+_REPOSITORY = Path(__file__).parents[1]
+_DRIVER = """
+import sys
+from jobs.{job} import main
+from tests.kills import Kill, kill_at
+recipe, *kill = sys.argv[1:]
+if kill:
+    kill_at(Kill(*kill))
+sys.exit(main(["--config", recipe]))
+"""
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.preparation", "tests.annotation", "s3fs"])
 
@@ -41,6 +54,15 @@ def kill_at(kill: Kill) -> None:
     """Let this process be killed then. It writes through `pipelines.storage`, as everything does."""
     for name in _WRITES:
         setattr(storage, name, _killing(getattr(storage, name), kill))
+
+
+def start_driver(job: str, settings: JobSettings, folder: Path, address: str, *kill: str) -> subprocess.Popen[str]:
+    """A job's driver in a process of its own that joins the cluster at `address`, killed as `Kill(*kill)` says."""
+    (folder / "recipe.yaml").write_text(dump_settings(settings), "utf-8")
+    env = {**os.environ, "RAY_ADDRESS": address}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    command = [sys.executable, "-c", _DRIVER.format(job=job), str(folder / "recipe.yaml"), *kill]
+    return subprocess.Popen(command, cwd=_REPOSITORY, env=env, **pipes)
 
 
 def _killing(write: Callable[..., Any], kill: Kill) -> Callable[..., Any]:

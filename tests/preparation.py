@@ -11,11 +11,12 @@ import pyarrow as pa
 from pipelines import storage
 from pipelines.preparation.chain import FeatureActor, Work, write_chunk
 from pipelines.preparation.ledger import Ledger
-from pipelines.preparation.plan import Plan, check_rows, index_files, scans
+from pipelines.preparation.plan import Plan, Terms, check_rows, index_files, scans
 from pipelines.preparation.processor import load_processor
 from pipelines.preparation.row_images import SourceFiles
 from pipelines.preparation.samples import SampleMaker
 from pipelines.preparation.settings import CONFIG_NAME, PrepareSettings
+from pipelines.preparation.sources import SourceTerms
 from pipelines.prepare import make_terms
 from pipelines.settings import dump_settings
 from pipelines.shards.images import ImageStore
@@ -32,6 +33,13 @@ def prepare_settings(folder: Path, **change: Any) -> PrepareSettings:
         "chunk_rows": 4,
     }
     return PrepareSettings(**base | change)
+
+
+def plan_terms(sources: list[SourceTerms], chunk_rows: int, **change: Any) -> Terms:
+    """Terms of a plan for `pixels` with 9 visual tokens, 500 tokens a row at most, that names no processor."""
+    base = {"layout": "chat", "payload": "pixels", "max_length": 500, "tiling": "base", "num_image_tokens": 9}
+    unnamed = {"image_shape": None, "processor_identity": "", "encoder_identity": None, "code": ""}
+    return Terms(sources=sources, chunk_rows=chunk_rows, **base | unnamed | change)
 
 
 def begin(settings: PrepareSettings) -> tuple[Ledger, SampleMaker]:

@@ -120,11 +120,10 @@ def make_asker(settings: AnnotateSettings, model: str, token: str) -> Asker:
 def _actors(settings: AnnotateSettings) -> dict[str, Any]:
     workers = settings.workers
     num_gpus = 0 if settings.endpoint or settings.device == "cpu" else ray.cluster_resources().get("GPU", 0)
-    most = workers.max_workers or max(workers.min_workers, int(num_gpus / workers.num_gpus))
     share = {"num_gpus": workers.num_gpus} if num_gpus else {}
     pool = ActorPoolStrategy(
         min_size=workers.min_workers,
-        max_size=most,
+        max_size=workers.most(num_gpus),
         max_tasks_in_flight_per_actor=_CHUNKS_PER_WORKER,
         max_concurrent_calls_per_actor=_CHUNKS_PER_WORKER,
         enable_true_multi_threading=True,

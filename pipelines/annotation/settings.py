@@ -11,27 +11,16 @@ from pipelines.annotation.questions import PROMPT_FIELDS
 from pipelines.preparation.settings import SourceSettings
 from pipelines.serving.engine_settings import EngineSettings
 from pipelines.settings import JobSettings, Section
+from pipelines.worker_pool import PoolSettings
 
 PartFormat = Literal["parquet", "jsonl"]
 
 
-class WorkerSettings(Section):
+class WorkerSettings(PoolSettings):
     """The pool of workers, each with an engine of its own."""
 
-    min_workers: int = Field(default=1, gt=0)
-    """Workers at the least."""
-    max_workers: int | None = Field(default=None, gt=0)
-    """Workers at the most, added while work is waiting; default: as many as the cluster's GPUs hold, or the least."""
-    num_gpus: float = Field(default=1.0, gt=0, le=1)
-    """Share of a GPU that one worker takes; not used on a cluster without GPUs, nor with an endpoint."""
     num_cpus: float = Field(default=1.0, gt=0)
     """CPUs that one worker reserves; on a cluster without GPUs also how many threads compute."""
-
-    @model_validator(mode="after")
-    def _least_below_most(self) -> Self:
-        if self.max_workers is not None and self.max_workers < self.min_workers:
-            raise ValueError(f"min_workers is {self.min_workers}, more than max_workers {self.max_workers}")
-        return self
 
 
 class EndpointSettings(Section):

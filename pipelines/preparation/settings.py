@@ -11,6 +11,7 @@ from pipelines.corpora import FORMATS
 from pipelines.settings import JobSettings, Section
 from pipelines.shards.manifest import Layout, Payload
 from pipelines.storage import is_pattern
+from pipelines.worker_pool import PoolSettings
 
 CONFIG_NAME = "config.yaml"
 """The resolved settings, stored beside what they produced."""
@@ -57,27 +58,15 @@ class SourceSettings(Section):
         return self
 
 
-class EncoderSettings(Section):
+class EncoderSettings(PoolSettings):
     """The frozen vision tower, for payload `features`."""
 
     path: str
     """A FlashSloth checkpoint or a SigLIP: a folder or a hub id."""
     batch_size: int = Field(default=32, gt=0)
     """Tiles in one forward pass, to begin with: where the memory does not suffice, a copy halves it for itself."""
-    min_workers: int = Field(default=1, gt=0)
-    """Copies of the tower at the least."""
-    max_workers: int | None = Field(default=None, gt=0)
-    """Copies at the most, added while work is waiting; default: as many as the cluster's GPUs hold, or the least."""
-    num_gpus: float = Field(default=1.0, gt=0, le=1)
-    """Share of a GPU that one copy takes; not used on a cluster without GPUs."""
     dtype: Literal["float16", "int8"] = "float16"
     """How features are stored: float16, or int8 with a scale per token, half the size and slightly wrong."""
-
-    @model_validator(mode="after")
-    def _least_below_most(self) -> Self:
-        if self.max_workers is not None and self.max_workers < self.min_workers:
-            raise ValueError(f"min_workers is {self.min_workers}, more than max_workers {self.max_workers}")
-        return self
 
 
 class PrepareSettings(JobSettings):

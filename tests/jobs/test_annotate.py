@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import psutil
@@ -25,21 +22,12 @@ from pipelines.shards import ShardedDataset
 from tests.annotation import annotate_here, annotate_settings, rows_of
 from tests.corpus import row, write_corpus, write_processor
 from tests.fixtures.ray_session import SMALL_STORE
-from tests.kills import Blocked, wait
+from tests.kills import Blocked, start_driver, wait
 from tests.preparation import prepare_settings
 
 REPOSITORY = Path(__file__).parents[2]
 NUM_ROWS = 24
 KEYS = [f"corpus:{number}" for number in range(NUM_ROWS)]
-_DRIVER = """
-import sys
-from jobs.annotate import main
-from tests.kills import Kill, kill_at
-recipe, *kill = sys.argv[1:]
-if kill:
-    kill_at(Kill(*kill))
-sys.exit(main(["--config", recipe]))
-"""
 
 
 @pytest.fixture
@@ -48,15 +36,6 @@ def corpus(tmp_path: Path, tiny_checkpoint: Path) -> Path:
     write_corpus(tmp_path, [row(number) for number in range(NUM_ROWS)])
     (tmp_path / "model").symlink_to(tiny_checkpoint)
     return tmp_path
-
-
-def start(settings: AnnotateSettings, folder: Path, address: str, *kill: str) -> subprocess.Popen[str]:
-    """A driver of its own that joins the cluster at `address`."""
-    (folder / "recipe.yaml").write_text(dump_settings(settings))
-    env = {**os.environ, "RAY_ADDRESS": address}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    command = [sys.executable, "-c", _DRIVER, str(folder / "recipe.yaml"), *kill]
-    return subprocess.Popen(command, cwd=REPOSITORY, env=env, **pipes)
 
 
 def num_parts(output: str) -> int:
@@ -146,7 +125,7 @@ def test_killed_actor_and_killed_drivers_cost_no_row_and_double_none(corpus: Pat
     settings = annotate_settings(corpus, workers={"min_workers": 1, "max_workers": 2})
     address = ray.get_runtime_context().gcs_address
     image = Blocked(corpus / "images" / "13.jpg", 13)
-    driver = start(settings, corpus, address)
+    driver = start_driver("annotate", settings, corpus, address)
     try:
         wait(lambda: num_parts(settings.output) >= 2, "the chunks before the image that waits", 180)
         [actor, *_] = wait(lambda: workers(psutil.Process()), "an actor")
@@ -160,7 +139,10 @@ def test_killed_actor_and_killed_drivers_cost_no_row_and_double_none(corpus: Pat
     kept = {path: path.stat().st_mtime_ns for path in Path(settings.output, "parts", "corpus").glob("*.parquet")}
     assert 2 <= len(kept) < 6
 
-    drivers = [start(settings, corpus, address, r"receipts/", "after"), start(settings, corpus, address)]
+    drivers = [
+        start_driver("annotate", settings, corpus, address, r"receipts/", "after"),
+        start_driver("annotate", settings, corpus, address),
+    ]
     outs = [each.communicate(timeout=240)[0] for each in drivers]
     assert drivers[0].returncode in (-signal.SIGKILL, 0), outs[0]  # 0: the other one has done everything
     assert drivers[1].returncode == 0, outs[1]
@@ -174,7 +156,7 @@ def test_pool_grows_while_work_is_waiting(corpus: Path) -> None:
     """The first worker has three chunks and cannot go on with the first of them: only another one can do the rest."""
     settings = annotate_settings(corpus, workers={"min_workers": 1, "max_workers": 2})
     image = Blocked(corpus / "images" / "1.jpg", 1)
-    driver = start(settings, corpus, ray.get_runtime_context().gcs_address)
+    driver = start_driver("annotate", settings, corpus, ray.get_runtime_context().gcs_address)
     try:
         wait(lambda: num_parts(settings.output) == 3, "the chunks that the first worker has not begun", 180)
         assert driver.poll() is None
@@ -190,7 +172,7 @@ def test_killed_node_costs_no_row_and_doubles_none(corpus: Path, two_nodes: ray.
     image = Blocked(corpus / "images" / "13.jpg", 13)
     [node] = two_nodes.worker_nodes
     raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-    driver = start(settings, corpus, two_nodes.address)
+    driver = start_driver("annotate", settings, corpus, two_nodes.address)
     try:
         wait(lambda: num_parts(settings.output) >= 2 and workers(raylet), "an actor that waits for the image", 180)
         actors = workers(raylet)

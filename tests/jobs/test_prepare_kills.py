@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import psutil
@@ -14,28 +11,16 @@ import ray
 import ray.cluster_utils
 
 from pipelines import storage
-from pipelines.preparation.settings import PrepareSettings
 from pipelines.prepare import prepare
-from pipelines.settings import dump_settings
 from pipelines.shards import Manifest, ShardedDataset
 from tests.corpus import row, write_corpus, write_processor
 from tests.fixtures.ray_session import SMALL_STORE
-from tests.kills import Blocked, wait
+from tests.kills import Blocked, start_driver, wait
 from tests.preparation import prepare_here, prepare_settings
 
 pytestmark = pytest.mark.ray
 
-REPOSITORY = Path(__file__).parents[2]
 NUM_ROWS = 24
-_DRIVER = """
-import sys
-from jobs.prepare import main
-from tests.kills import Kill, kill_at
-recipe, *kill = sys.argv[1:]
-if kill:
-    kill_at(Kill(*kill))
-sys.exit(main(["--config", recipe]))
-"""
 
 
 @pytest.fixture
@@ -44,15 +29,6 @@ def corpus(tmp_path: Path) -> Path:
     write_corpus(tmp_path, [row(number) for number in range(NUM_ROWS)])
     write_processor(tmp_path)
     return tmp_path
-
-
-def start(settings: PrepareSettings, folder: Path, address: str, *kill: str) -> subprocess.Popen[str]:
-    """A driver of its own that joins the cluster at `address`."""
-    (folder / "recipe.yaml").write_bytes(dump_settings(settings).encode())
-    env = {**os.environ, "RAY_ADDRESS": address}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    command = [sys.executable, "-c", _DRIVER, str(folder / "recipe.yaml"), *kill]
-    return subprocess.Popen(command, cwd=REPOSITORY, env=env, **pipes)
 
 
 def num_receipts(output: str) -> int:
@@ -82,7 +58,7 @@ def test_worker_killed_amid_a_chunk_costs_that_chunk(corpus: Path) -> None:
     settings = prepare_settings(corpus)
     expected = prepare_here(prepare_settings(corpus, output=str(corpus / "undisturbed")))
     image = Blocked(corpus / "images" / "13.jpg", 13)
-    driver = start(settings, corpus, ray.get_runtime_context().gcs_address)
+    driver = start_driver("prepare", settings, corpus, ray.get_runtime_context().gcs_address)
     try:
         wait(lambda: num_receipts(settings.output) == 5, "all chunks but the one with the image that waits")
         [worker] = wait(lambda: busy_workers(psutil.Process()), "a worker that waits for the image")
@@ -103,7 +79,7 @@ def test_killed_driver_costs_at_most_a_chunk_per_worker(corpus: Path, kill: tupl
     settings = prepare_settings(corpus)
     expected = prepare_here(prepare_settings(corpus, output=str(corpus / "undisturbed")))
     address = ray.get_runtime_context().gcs_address
-    drivers = [start(settings, corpus, address, *kill) for _ in range(2)]
+    drivers = [start_driver("prepare", settings, corpus, address, *kill) for _ in range(2)]
     for driver in drivers:
         out, _ = driver.communicate(timeout=120)
         assert driver.returncode == -signal.SIGKILL, out
@@ -122,7 +98,7 @@ def test_raylet_killed_amid_chunks_costs_those_chunks(corpus: Path, two_nodes: r
     images = [Blocked(corpus / "images" / f"{number}.jpg", number) for number in (12, 17)]  # two chunks, for two CPUs
     [node] = two_nodes.worker_nodes
     raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-    driver = start(settings, corpus, two_nodes.address)
+    driver = start_driver("prepare", settings, corpus, two_nodes.address)
     try:
         wait(lambda: len(busy_workers(raylet)) == 2 and num_receipts(settings.output) >= 3, "two workers that wait")
         workers = busy_workers(raylet)

@@ -10,10 +10,11 @@ import pytest
 
 from pipelines.corpora import llava
 from pipelines.corpora.spans import Span, group
-from pipelines.preparation.plan import Plan, Terms, check_rows, index_files
+from pipelines.preparation.plan import Plan, check_rows, index_files
 from pipelines.preparation.settings import SourceSettings
-from pipelines.preparation.sources import SourceTerms, source_terms
+from pipelines.preparation.sources import source_terms
 from tests.memory import peak_growth
+from tests.preparation import plan_terms
 
 MB = 10**6
 
@@ -38,22 +39,6 @@ def find(path: Path) -> list[Span]:
 def read(path: Path, spans: list[Span]) -> int:
     """Rows of all `spans`, read one span after the other, as a worker does."""
     return sum(len(deque(llava.read(str(path), span), maxlen=500)) for span in spans)
-
-
-def terms(sources: list[SourceTerms]) -> Terms:
-    return Terms(
-        sources=sources,
-        layout="chat",
-        payload="original",
-        max_length=500,
-        chunk_rows=62,
-        tiling="base",
-        num_image_tokens=81,
-        image_shape=None,
-        processor_identity="",
-        encoder_identity=None,
-        code="",
-    )
 
 
 def test_a_json_array_is_found_and_read_without_holding_it(tmp_path: Path) -> None:
@@ -93,7 +78,7 @@ def test_the_plan_of_ten_million_rows(tmp_path: Path) -> None:
         sources = source_terms([SourceSettings(path=str(path))])
         chunks = index_files(range(1), sources, [str(path)], 62)
         check_rows(sources, chunks)
-        plans.append(Plan(terms=terms(sources), chunks=chunks))
+        plans.append(Plan(terms=plan_terms(sources, 62), chunks=chunks))
         plans[0].identity()
         plans[0].describe("made up")
 

@@ -13,7 +13,7 @@ from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
 from flashsloth.image_processing_flashsloth import decode_image
 from pipelines import storage
 from pipelines.preparation.chain import FeatureActor
-from pipelines.preparation.plan import Terms, index_files
+from pipelines.preparation.plan import index_files
 from pipelines.preparation.row_images import SourceFiles, fetch_image
 from pipelines.preparation.samples import WORK_SCHEMA, SampleMaker
 from pipelines.preparation.settings import EncoderSettings, SourceSettings
@@ -21,21 +21,13 @@ from pipelines.preparation.sources import PlanError, source_terms
 from pipelines.records import RowError
 from pipelines.shards.receipts import account
 from tests.corpus import Row, bad_rows, encoded, row, write_corpus
+from tests.preparation import plan_terms
 
 
 def make(path: Path, processor: FlashSlothProcessor, root: Path | None, **change: Any) -> list[dict[str, Any]]:
     """All samples of the corpus at `path`, as one chunk."""
     [source] = source_terms([SourceSettings(path=str(path), image_root=str(root) if root else None)])
-    terms = Terms(
-        sources=[source],
-        **{"layout": "chat", "payload": "pixels", "max_length": 500, "chunk_rows": 100} | change,
-        tiling="base",
-        num_image_tokens=9,
-        image_shape=None,
-        processor_identity="",
-        encoder_identity=None,
-        code="",
-    )
+    terms = plan_terms([source], chunk_rows=100, **change)
     [chunk] = index_files(range(1), [source], [str(path)], 100)
     maker = SampleMaker(terms, [SourceFiles(str(path), str(root) if root else None)], processor)
     return maker(0, chunk).to_pylist()
@@ -141,19 +133,7 @@ def test_images_without_a_root_are_an_error_of_the_recipe(tmp_path: Path, proces
 def test_source_that_changes_after_the_plan_is_an_error(tmp_path: Path, processor: FlashSlothProcessor) -> None:
     path = write_corpus(tmp_path, 2)
     [source] = source_terms([SourceSettings(path=str(path), image_root=str(tmp_path))])
-    terms = Terms(
-        sources=[source.model_copy(update={"fingerprint": "0-0"})],
-        layout="chat",
-        payload="pixels",
-        max_length=500,
-        chunk_rows=2,
-        tiling="base",
-        num_image_tokens=9,
-        image_shape=None,
-        processor_identity="",
-        encoder_identity=None,
-        code="",
-    )
+    terms = plan_terms([source.model_copy(update={"fingerprint": "0-0"})], chunk_rows=2)
     [chunk] = index_files(range(1), [source], [str(path)], 2)
     with pytest.raises(PlanError, match=r"'corpus'.*corpus\.jsonl has changed since the plan was made"):
         SampleMaker(terms, [SourceFiles(str(path), str(tmp_path))], processor)(0, chunk)
