@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         check_inputs(settings)
         start_ray(num_cpus=None)
-        check_cluster(settings.scaling)
+        check_cluster(settings.scaling, settings.evaluation)
         exported = train(settings)
     except KeyboardInterrupt:
         print("\nstopped; run the same command again to go on from the last checkpoint", file=sys.stderr)

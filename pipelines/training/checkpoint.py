@@ -86,6 +86,10 @@ class CheckpointManifest(_Strict):
     """Workers that wrote it; any number can load it."""
     files: list[FileEntry]
 
+    def fingerprint(self) -> str:
+        """What tells this checkpoint from all others."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
 
 def restore(engine: DeepSpeedEngine, run_uri: str, identity: RunIdentity, ranks: Ranks) -> Progress:
     """Load the newest checkpoint of this run that verifies, and say which; a run without any starts at step 0.
@@ -190,6 +194,29 @@ def verified(uri: str, ranks: Ranks) -> Iterator[tuple[CheckpointManifest, Path]
             shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextmanager
+def opened(uri: str) -> Iterator[tuple[CheckpointManifest, Path]]:
+    """The checkpoint at `uri`, verified, with a local folder of its files; for one process alone.
+
+    Raises:
+        CheckpointError: It does not verify.
+        StorageError: The store does not answer.
+    """
+    manifest = read_manifest(uri)
+    if isinstance(manifest, str):
+        raise CheckpointError(f"{uri}: {manifest}")
+    local = storage.is_local(uri)
+    folder = Path(uri) if local else Path(tempfile.mkdtemp(prefix="flashsloth-checkpoint-"))
+    try:
+        problem = (None if local else _fetch(uri, manifest.files, folder)) or find_problem(folder, manifest.files)
+        if problem:
+            raise CheckpointError(f"{uri}: {problem}")
+        yield manifest, folder
+    finally:
+        if not local:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def find_problem(folder: Path, entries: Sequence[FileEntry]) -> str | None:
     """What is wrong with the files of a checkpoint in `folder`, or None."""
     for entry in entries:
@@ -210,18 +237,23 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def remove_remains(run_uri: str, reported: set[str], ranks: Ranks) -> None:
-    """Delete what killed attempts left and nobody else would: checkpoints that are unreported and incomplete.
-
-    Unreported and complete ones older than the newest are deleted too, once there are reported ones. Collective.
-    """
-    names = stored_names(run_uri) if ranks.rank == 0 else []
-    complete = [name for name in names if isinstance(read_manifest(storage.join(run_uri, name)), CheckpointManifest)]
-    for name in set(names) - reported:
-        if name not in complete or (reported and name != complete[0]):
-            file_system, path = storage.filesystem(storage.join(run_uri, name))
-            file_system.rm(path, recursive=True)
+def remove_remains(run_uri: str, ranks: Ranks) -> None:
+    """Delete what killed attempts left: checkpoints that were never completed. Collective."""
+    for name in stored_names(run_uri) if ranks.rank == 0 else []:
+        if not isinstance(read_manifest(storage.join(run_uri, name)), CheckpointManifest):
+            remove(run_uri, name)
     ranks.barrier()
+
+
+def remove(run_uri: str, name: str) -> None:
+    """Delete a folder of the run's; it need not exist."""
+    uri = storage.join(run_uri, name)
+    file_system, path = storage.filesystem(uri)
+    try:
+        with naming(uri):
+            file_system.rm(path, recursive=True)
+    except FileNotFoundError:
+        pass
 
 
 def _fetch(uri: str, entries: Sequence[FileEntry], folder: Path) -> str | None:

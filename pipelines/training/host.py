@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from enum import IntEnum
-from pathlib import Path
 from typing import Any, Literal
 
 import ray
@@ -21,6 +21,8 @@ from pipelines.training.checkpoint import remove_remains
 from pipelines.training.ranks import Ranks
 
 _BEAT_S = 2.0
+_SAVE_S = 0.5
+"""How long a question after the next checkpoint waits for it."""
 _NODE_DIGITS = 8
 """Of a node's id, as people are shown it."""
 
@@ -67,6 +69,8 @@ class Supervisor:
         self._stop = asyncio.Event()
         self._outcome: Outcome | None = None
         self._last_beat = time.monotonic()
+        self._saves = 0
+        self._saved = asyncio.Condition()
         self._places: dict[int, str] = {}
         self._news: list[str] = []
         self._told: set[str] = set()
@@ -107,6 +111,19 @@ class Supervisor:
         """Seconds since a worker last gave a sign of life, or since the start."""
         return time.monotonic() - self._last_beat
 
+    async def saved(self) -> None:
+        """A checkpoint is complete."""
+        async with self._saved:
+            self._saves += 1
+            self._saved.notify_all()
+
+    async def saves_after(self, count: int) -> int:
+        """How many checkpoints there have been; waits a moment for one after the `count`-th."""
+        async with self._saved:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._saved.wait_for(lambda: self._saves != count), _SAVE_S)
+        return self._saves
+
     async def end(self, outcome: dict[str, Any]) -> None:
         """Keep how the workers ended."""
         self._outcome = Outcome.model_validate(outcome)
@@ -144,7 +161,7 @@ class RayHost(Host):
         return Request.NOTHING
 
     def report(self, name: str, step: int) -> None:
-        """As `Host.report`: from now on Ray Train counts it among the checkpoints that it keeps and deletes."""
+        """As `Host.report`: to Ray Train, and to whoever looks after the run's checkpoints."""
         place = ray.train.get_context().get_storage()
         ray.train.report(
             {"step": step},
@@ -152,12 +169,12 @@ class RayHost(Host):
             checkpoint_dir_name=name,
             checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
         )
+        if self._supervisor and self._rank == 0:
+            self._supervisor.saved.remote()
 
     def clean(self, run_uri: str, ranks: Ranks) -> None:
-        """As `Host.clean`: Ray Train deletes old checkpoints, but only those that were reported to it."""
-        remove_remains(
-            run_uri, {Path(each.checkpoint.path).name for each in ray.train.get_all_reported_checkpoints()}, ranks
-        )
+        """As `Host.clean`: old checkpoints, which are complete, are the driver's to delete."""
+        remove_remains(run_uri, ranks)
 
     def end(self, outcome: Outcome) -> None:
         """As `Host.end`."""

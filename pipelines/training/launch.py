@@ -11,7 +11,7 @@ import ray
 import yaml
 from ray.train import ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig
+from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -20,12 +20,16 @@ from pipelines.settings import dump_settings
 from pipelines.shards.manifest import Manifest
 from pipelines.training.checkpoint import refuse_changed_run
 from pipelines.training.console import show_worker_lines_only
+from pipelines.training.evaluator import check_split
 from pipelines.training.host import Supervisor
-from pipelines.training.lookout import Lookout, drop_unusable_record
+from pipelines.training.keeper import CheckpointKeeper
+from pipelines.training.lookout import Lookout, drop_record
 from pipelines.training.loop import export_uri, run_identity, run_uri, train_worker
 from pipelines.training.lost_ranks import TellLostRanks
 from pipelines.training.process import require_compiler, worker_environment
-from pipelines.training.settings import ScalingSettings, TrainSettings
+from pipelines.training.remote_evaluator import RemoteEvaluator
+from pipelines.training.scores import Measure
+from pipelines.training.settings import EvaluationSettings, ScalingSettings, TrainSettings
 from pipelines.training.start import check_encoder, check_start, load_processor
 
 
@@ -45,6 +49,8 @@ def resolve_settings(settings: TrainSettings) -> TrainSettings:
     """Local paths made absolute: workers run elsewhere."""
     resolved = settings.model_copy(deep=True)
     resolved.data.folders = [storage.resolve(folder) for folder in settings.data.folders]
+    if resolved.evaluation:
+        resolved.evaluation.folders = [storage.resolve(folder) for folder in resolved.evaluation.folders]
     resolved.run.storage = storage.resolve(settings.run.storage)
     for name in ("checkpoint", "processor"):
         if value := getattr(settings.model, name):
@@ -66,24 +72,28 @@ def check_inputs(settings: TrainSettings) -> None:
     manifests = {folder: Manifest.load(folder) for folder in settings.data.folders}
     check_start(settings, manifests, load_processor(settings.model))
     check_encoder(settings.model, manifests)
+    check_split(settings)
     refuse_changed_run(run_uri(settings.run), run_identity(settings, list(manifests.values())))
 
 
-def check_cluster(scaling: ScalingSettings) -> None:
-    """Make sure that the connected cluster can place the workers, now or once it has grown.
+def check_cluster(scaling: ScalingSettings, evaluation: EvaluationSettings | None = None) -> None:
+    """Make sure that the connected cluster can place the workers and an evaluator, now or once it has grown.
 
     Raises:
         ResourceError: It never can. Ray itself would wait for ever (ray#60376).
         CompilerError: Workers without a GPU could not build what they need.
     """
     wanted = {"CPU": scaling.cpus_per_worker, "GPU": scaling.gpus_per_worker}
+    reserved = {"CPU": evaluation.cpus, "GPU": evaluation.gpus} if evaluation else {}
     total = _largest_cluster()
     fewest = scaling.bounds[0]
     for name, per_worker in wanted.items():
-        if fewest * per_worker > total.get(name, 0):
+        beside = reserved.get(name, 0)
+        if fewest * per_worker + beside > total.get(name, 0):
             raise ResourceError(
-                f"the run asks for {fewest} workers with {per_worker} {name} each, "
-                f"{fewest * per_worker} in all; the cluster has at most {total.get(name, 0):g} {name}: "
+                f"the run asks for {fewest} workers with {per_worker} {name} each"
+                f"{f' and {beside} for evaluation.{name.lower()}s' if beside else ''}, "
+                f"{fewest * per_worker + beside} in all; the cluster has at most {total.get(name, 0):g} {name}: "
                 "lower scaling.num_workers or what each asks for, or use a larger cluster"
             )
     if scaling.gpus_per_worker == 0:
@@ -106,11 +116,13 @@ def train(settings: TrainSettings, worker: Callable[[dict[str, Any]], None] = tr
     """
     show_worker_lines_only()
     storage.write_bytes(storage.join(run_uri(settings.run), "config.yaml"), dump_settings(settings).encode())
-    drop_unusable_record(run_uri(settings.run))
+    drop_record(run_uri(settings.run))
+    evaluator = _start_evaluator(settings)
     supervisor = _start_supervisor()
     config = {"settings": yaml.safe_load(dump_settings(settings)), "supervisor": supervisor}
     trainer = _trainer(settings, config, worker)
-    with Lookout(supervisor, settings.run.start_timeout_s, trainer.abandon) as lookout:
+    lookout = Lookout(supervisor, settings.run.start_timeout_s, trainer.abandon)
+    with _keeper(settings, supervisor, evaluator) as keeper, lookout:
         try:
             trainer.fit()
         except WorkerGroupError as error:
@@ -120,12 +132,39 @@ def train(settings: TrainSettings, worker: Callable[[dict[str, Any]], None] = tr
             raise TrainingError(str(error)) from error
         except ray.exceptions.RayActorError as error:
             _raise_why_abandoned(settings, lookout, error)
-    outcome: Any = ray.get(supervisor.outcome.remote())
-    if outcome and outcome["kind"] == "stopped":
-        raise TrainingStopped(outcome["message"])
-    if outcome:
-        raise TrainingError(outcome["message"])
+        outcome: Any = ray.get(supervisor.outcome.remote())
+        if outcome and outcome["kind"] == "stopped":
+            raise TrainingStopped(outcome["message"])
+        if outcome:
+            raise TrainingError(outcome["message"])
+        if not keeper.finish(interrupted=lambda: lookout.stopped):
+            raise TrainingStopped("trained and exported, and stopped while the last checkpoints were evaluated")
     return export_uri(settings.run)
+
+
+def _start_evaluator(settings: TrainSettings) -> RemoteEvaluator | None:
+    if not settings.evaluation:
+        return None
+    evaluator = RemoteEvaluator(settings, run_uri(settings.run))
+    if settings.scaling.is_elastic and not evaluator.start(settings.run.start_timeout_s):
+        raise ResourceError(
+            f"the run has waited {settings.run.start_timeout_s:g} s (run.start_timeout_s) for an evaluator with "
+            f"{settings.evaluation.cpus} CPU and {settings.evaluation.gpus} GPU: lower evaluation.cpus or "
+            "evaluation.gpus, or use a larger cluster"
+        )
+    return evaluator
+
+
+def _keeper(settings: TrainSettings, supervisor: Any, evaluator: RemoteEvaluator | None) -> CheckpointKeeper:
+    run, evaluation = settings.run, settings.evaluation
+
+    def next_save(count: int) -> int:
+        return ray.get(supervisor.saves_after.remote(count))
+
+    if not evaluation:
+        return CheckpointKeeper(run_uri(run), run.keep, next_save)
+    measure = Measure.of(evaluation, [Manifest.load(folder).identity() for folder in evaluation.folders])
+    return CheckpointKeeper(run_uri(run), run.keep, next_save, evaluator, measure, evaluation.every)
 
 
 def _start_supervisor() -> Any:
@@ -186,7 +225,6 @@ def _trainer(settings: TrainSettings, config: dict[str, Any], worker: Callable[[
             storage_path=path,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=run.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=run.keep),
             worker_runtime_env={"env_vars": environment},
             logging_config=LoggingConfig(log_level="WARNING"),
             callbacks=[TellLostRanks(config["supervisor"])],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import threading
 from collections.abc import Callable
@@ -77,27 +76,12 @@ class Lookout:
             print(line, flush=True)
 
 
-def drop_unusable_record(run_uri: str) -> None:
-    """Remove Ray Train's record of a run's checkpoints where Ray would refuse to start from it, and say so.
+def drop_record(run_uri: str) -> None:
+    """Remove Ray Train's record of a run's checkpoints, which it refuses to start with where one of them is gone.
 
-    Ray refuses where a recorded checkpoint is gone, or where another version of Ray wrote the record. Nothing is lost:
-    the checkpoints themselves are what a run goes on from, and they verify by themselves.
+    Nothing is lost: the checkpoints themselves say which are complete, and a run goes on from the newest that verifies.
     """
     uri = storage.join(run_uri, _RECORD_NAME)
-    try:
-        record = json.loads(storage.read_bytes(uri))
-        recorded = {each["checkpoint_dir_name"] for each in record["checkpoint_results"]}
-        version = record["ray_version"]
-    except FileNotFoundError:
-        return
-    except (ValueError, KeyError, TypeError):
-        recorded, version = set[str](), "unknown"
-    gone = sorted(recorded - set(storage.list_names(run_uri)))
-    if version == ray.__version__ and not gone:
-        return
-    why = (
-        f"its checkpoints {', '.join(gone)} are gone" if gone else f"Ray {version} wrote it, this is {ray.__version__}"
-    )
-    print(f"Ray Train's record {uri} cannot be used ({why}); going by the checkpoints that are there", flush=True)
-    file_system, path = storage.filesystem(uri)
-    file_system.rm(path)
+    if storage.exists(uri):
+        file_system, path = storage.filesystem(uri)
+        file_system.rm(path)

@@ -11,6 +11,7 @@ from pipelines.settings import JobSettings, Section
 
 PartName = Literal["vision_tower", "pooling", "projector", "query_tokens", "embedded_query", "language_model"]
 PhiModule = Literal["q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"]
+Metric = Literal["loss", "exact_match"]
 NonNegative = Annotated[float, Field(ge=0)]
 
 
@@ -194,6 +195,29 @@ class ScalingSettings(Section):
         return self
 
 
+class EvaluationSettings(Section):
+    """Checkpoints are evaluated on a worker of their own while training goes on, and the best one is kept."""
+
+    folders: Annotated[list[str], Field(min_length=1)]
+    """Prepared folders that are not trained on, local or s3://."""
+    metric: Metric = "loss"
+    """What tells the best checkpoint: the loss, or the share of questions answered exactly right (greedily), which is
+    then measured beside the loss and takes longer."""
+    max_rows: PositiveInt = 1000
+    """Rows that are evaluated, spread evenly over all of them and always the same."""
+    max_new_tokens: PositiveInt = 64
+    """exact_match: the longest answer, in tokens."""
+    every: PositiveInt | None = None
+    """Steps between two evaluations, a multiple of run.checkpoint_every; by default each checkpoint is evaluated. The
+    one after the last step is in any case."""
+    cpus: PositiveInt = 4
+    """CPUs that the evaluator reserves beside the workers."""
+    gpus: Annotated[int, Field(ge=0, le=1)] = 1
+    """1: it evaluates on a GPU of its own. 0: on the CPU."""
+    timeout_s: Annotated[float, Field(gt=0)] = 3600.0
+    """Seconds after which an evaluation counts as hung, and another evaluator begins it anew."""
+
+
 class RunSettings(Section):
     """Where a run keeps its things, and how often."""
 
@@ -208,7 +232,8 @@ class RunSettings(Section):
     checkpoint_every: PositiveInt = 500
     """Steps between two checkpoints; there is always one after the last step."""
     keep: Annotated[int, Field(ge=2)] = 2
-    """Checkpoints kept. At least 2, so that there is one to fall back to."""
+    """Newest checkpoints kept, at least 2, so that there is one to fall back to. With `evaluation` the best one stays
+    too, and each until it is evaluated."""
     max_failures: Annotated[int, Field(ge=0)] = 3
     """Restarts from the last checkpoint before a failing run gives up. Machines that are taken away do not count."""
     max_failed_saves: PositiveInt = 3
@@ -246,6 +271,8 @@ class TrainSettings(JobSettings):
     """How state is spread over workers."""
     scaling: ScalingSettings = ScalingSettings()
     """What the run asks of the cluster."""
+    evaluation: EvaluationSettings | None = None
+    """Evaluation of the checkpoints; by default none."""
     run: RunSettings
     """Where the run keeps its things."""
 
@@ -269,6 +296,12 @@ class TrainSettings(JobSettings):
             raise ValueError("deepspeed.stage 0 keeps no fp32 weights beside bf16 ones: use stage 1, or precision fp32")
         if self.lora and "language_model" not in self.train_parts:
             raise ValueError(f"lora is for the language_model, which train_parts {self.train_parts} does not train")
+        every = self.evaluation.every if self.evaluation else None
+        if every and every % self.run.checkpoint_every:
+            raise ValueError(
+                f"evaluation.every {every} is not a multiple of run.checkpoint_every {self.run.checkpoint_every}: "
+                "checkpoints are what is evaluated"
+            )
         unused = sorted(set(self.optim.part_lr) - set(self.train_parts))
         if unused:
             raise ValueError(f"optim.part_lr names {unused}, which train_parts {self.train_parts} does not train")
