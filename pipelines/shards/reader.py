@@ -1,10 +1,13 @@
 """A prepared dataset as a sequence: open the manifest, read any row by its number, from a local folder or from S3.
 
-A local shard is memory-mapped in its place: its size is checked when a process opens it, and a row against its checksum
-when it is first read. Shards of an object store are fetched whole into a cache folder while they fit into its bound,
-since training comes back to them: the next ones while one is read. All rows are checked then, before anybody sees the
-shard. Of all others each row is read by a ranged GET and checked alone: a cache that is smaller than what is shuffled
-through it would fetch whole shards for single rows.
+A local shard is read in its place: its size is checked when a process opens it, and a row against its checksum whenever
+it is read. Shards of an object store are fetched whole into a cache folder while they fit into its bound, since
+training comes back to them: the next ones while one is read. All their rows are checked then as well, before anybody
+sees the shard. Of all others each row is read by a ranged GET and checked alone: a cache that is smaller than what is
+shuffled through it would fetch whole shards for single rows.
+
+A row is read into memory of its own, where the arrays that are handed out stay: to map a file costs more, a hundred
+pages a row, than to copy a row out of the page cache.
 """
 
 from __future__ import annotations
@@ -34,6 +37,10 @@ _MAX_OPEN_SHARDS = 64
 _ARRAY_FIELDS = {"pixels": "pixel_values", "features": "patch_features"}
 _CHANGED = "the shard was changed or cut after it was written; restore it, or prepare the dataset again"
 _UNPICKLED = ("_lock", "_open", "_checked", "_prefetcher")
+
+
+_OwnRow = tuple[pa.RecordBatch, np.ndarray | None]
+"""A row, and the memory that it lies in and that belongs to nobody else; None where there is none."""
 
 
 class ShardError(ValueError):
@@ -112,31 +119,32 @@ class ShardedDataset:
         first = self._stops[number - 1] if number else 0
         entry = self.manifest.shards[number]
         by_range = number >= self._num_mapped and entry.row_offsets is not None
-        row = self._fetch_row(entry, index - first) if by_range else self._shard(number).row(index - first)
+        row, memory = self._fetch_row(entry, index - first) if by_range else self._shard(number).row(index - first)
         sample = {name: row[name][0].as_py() for name in ("key", "id", "source", "messages", "question_types")}
         for name in ("input_ids", "labels", "question_ids"):
             sample[name] = row[name].values.to_numpy().copy()
         key = row["image_key"][0].as_py() if self._may_share else None
-        row = self.images.read(key) if key else row
-        image = _image(row)
+        row, memory = (self.images.read(key), None) if key else (row, memory)
+        image = _image(row, memory)
         if image is not None:
             field = _ARRAY_FIELDS.get(self.manifest.payload)
-            sample[field or "image_bytes"] = _array(row, image) if field else image.to_pybytes()
+            sample[field or "image_bytes"] = _array(row, image) if field else image.tobytes()
         return sample
 
-    def _fetch_row(self, entry: ShardEntry, position: int) -> pa.RecordBatch:
+    def _fetch_row(self, entry: ShardEntry, position: int) -> _OwnRow:
         uri = storage.join(self.folder, entry.name)
-        offsets, checksums = entry.row_offsets or [], entry.row_checksums or []
+        start, stop = (entry.row_offsets or [])[position : position + 2]
         try:
-            data = storage.read_range(uri, offsets[position], offsets[position + 1])
+            data = storage.read_range(uri, start, stop)
         except FileNotFoundError as error:
             raise _missing(entry, uri) from error
-        if (found := xxhash.xxh3_64_hexdigest(data)) != checksums[position]:
+        if not _is_intact(entry, position, data):
+            expected, found = (entry.row_checksums or [])[position], xxhash.xxh3_64_hexdigest(data)
             raise ShardError(
-                f"{uri}: row {position}: expected {offsets[position + 1] - offsets[position]} bytes with XXH3 "
-                f"{checksums[position]}, found {len(data)} with {found}: {_CHANGED}"
+                f"{uri}: row {position}: expected {stop - start} bytes with XXH3 {expected}, found {len(data)} with "
+                f"{found}: {_CHANGED}"
             )
-        return _row(pa.py_buffer(data))
+        return _row(np.frombuffer(bytearray(data), np.uint8))
 
     def _forget(self) -> None:
         self._lock = Lock()
@@ -170,39 +178,53 @@ class _OpenShard:
         self._number = number
         self._lock = Lock()
         self._file: pa.RecordBatchFileReader | None = None  # of a manifest that does not know where rows lie
-        self._data: pa.Buffer | None = None
-        self._intact: set[int] = set()  # rows that agreed with their checksums
+        self._descriptor: int | None = None
 
-    def row(self, position: int) -> pa.RecordBatch:
-        """Row `position` of the shard: its record batch, a view of the mapped file."""
+    def __del__(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+
+    def row(self, position: int) -> _OwnRow:
+        """Row `position` of the shard."""
         entry = self._dataset.manifest.shards[self._number]
         if entry.row_offsets is None:
             with self._lock:
                 if self._file is None:
-                    self._file = pa.ipc.open_file(self._map())
-                return self._file.get_batch(position)
+                    self._file = pa.ipc.open_file(self._map(entry))
+                return self._file.get_batch(position), None
         with self._lock:
-            if self._data is None:
-                self._data = self._map().read_buffer()
+            if self._descriptor is None:
+                self._descriptor = self._open(entry)
         start, stop = entry.row_offsets[position : position + 2]
-        message = self._data.slice(start, stop - start)
-        if position not in self._intact:
-            _check_row(entry, storage.join(self._dataset.folder, entry.name), self._data, position)
-            self._intact.add(position)
-        return _row(message)
+        memory = np.empty(stop - start, np.uint8)
+        os.preadv(self._descriptor, [memory.data], start)
+        if not _is_intact(entry, position, memory.data):
+            raise _damage(entry, self._uri(entry), position, Path(self._path(entry)).read_bytes())
+        return _row(memory)
 
-    def _map(self) -> pa.MemoryMappedFile:
-        dataset, entry = self._dataset, self._dataset.manifest.shards[self._number]
-        uri = storage.join(dataset.folder, entry.name)
-        path = uri if dataset._is_local else dataset._cached(self._number)
+    def _uri(self, entry: ShardEntry) -> str:
+        return storage.join(self._dataset.folder, entry.name)
+
+    def _path(self, entry: ShardEntry) -> str:
+        path = self._uri(entry) if self._dataset._is_local else self._dataset._cached(self._number)
         if not os.path.exists(path):
-            raise _missing(entry, uri)
-        source = pa.memory_map(path)
-        if entry.row_offsets is not None:
-            _check_size(entry, uri, source.size())
-        elif self._number not in dataset._checked:
-            check(entry, uri, source.read_buffer())
-            dataset._checked.add(self._number)
+            raise _missing(entry, self._uri(entry))
+        return path
+
+    def _open(self, entry: ShardEntry) -> int:
+        descriptor = os.open(self._path(entry), os.O_RDONLY)
+        try:
+            _check_size(entry, self._uri(entry), os.fstat(descriptor).st_size)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    def _map(self, entry: ShardEntry) -> pa.MemoryMappedFile:
+        source = pa.memory_map(self._path(entry))
+        if self._number not in self._dataset._checked:
+            check(entry, self._uri(entry), source.read_buffer())
+            self._dataset._checked.add(self._number)
         return source
 
 
@@ -219,14 +241,19 @@ def _check_rows(entry: ShardEntry, uri: str, data: pa.Buffer) -> None:
     if entry.row_checksums is None:
         return check(entry, uri, data)
     for position in range(entry.rows):
-        _check_row(entry, uri, data, position)
+        start, stop = (entry.row_offsets or [])[position : position + 2]
+        if not _is_intact(entry, position, data.slice(start, stop - start)):
+            raise _damage(entry, uri, position, data)
 
 
-def _check_row(entry: ShardEntry, uri: str, data: pa.Buffer, position: int) -> None:
-    start, stop = (entry.row_offsets or [])[position : position + 2]
-    if xxhash.xxh3_64_hexdigest(data.slice(start, stop - start)) != (entry.row_checksums or [])[position]:
-        check(entry, uri, data)
-        raise ShardError(f"{uri}: row {position} is not what the manifest says, the whole shard is: {_CHANGED}")
+def _is_intact(entry: ShardEntry, position: int, row: pa.Buffer | memoryview | bytes) -> bool:
+    return xxhash.xxh3_64_hexdigest(row) == (entry.row_checksums or [])[position]
+
+
+def _damage(entry: ShardEntry, uri: str, position: int, data: bytes | pa.Buffer) -> ShardError:
+    """What to say of a shard, all of it `data`, whose row `position` is not intact."""
+    check(entry, uri, data)
+    return ShardError(f"{uri}: row {position} is not what the manifest says, the whole shard is: {_CHANGED}")
 
 
 def _check_size(entry: ShardEntry | QuarantineEntry, uri: str, size: int) -> None:
@@ -251,23 +278,26 @@ def _missing(entry: ShardEntry, uri: str) -> ShardError:
     )
 
 
-def _row(message: pa.Buffer) -> pa.RecordBatch:
-    return pa.ipc.read_record_batch(pa.ipc.read_message(message), SAMPLE_SCHEMA)
+def _row(memory: np.ndarray) -> _OwnRow:
+    return pa.ipc.read_record_batch(pa.ipc.read_message(pa.py_buffer(memory)), SAMPLE_SCHEMA), memory
 
 
-def _image(row: pa.RecordBatch) -> pa.Buffer | None:
-    """A view of the row's image: the scalar that `row["image"][0]` makes would be a copy."""
+def _image(row: pa.RecordBatch, memory: np.ndarray | None) -> np.ndarray | None:
+    """uint8[N] of the row's image: the part of `memory` that holds it, or a copy where the row lies elsewhere."""
     column = row["image"]
     if column.null_count:
         return None
     _, offsets, data = column.buffers()
     start, stop = np.frombuffer(offsets, np.int64)[column.offset : column.offset + 2].tolist()
-    return data.slice(start, stop - start)
+    if memory is None:
+        return np.frombuffer(data, np.uint8)[start:stop].copy()
+    begin = data.address - memory.ctypes.data
+    return memory[begin + start : begin + stop]
 
 
-def _array(row: pa.RecordBatch, image: pa.Buffer) -> np.ndarray:
+def _array(row: pa.RecordBatch, image: np.ndarray) -> np.ndarray:
     shape, dtype = row["image_shape"][0].as_py(), row["image_dtype"][0].as_py()
-    array = np.frombuffer(image, dtype=dtype).reshape(shape)
+    array = image.view(dtype).reshape(shape)
     if dtype == "int8":
         return dequantize(array, np.frombuffer(row["image_scales"][0].as_buffer(), np.float16).reshape(shape[:-1]))
-    return array.copy()
+    return array
