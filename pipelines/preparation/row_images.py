@@ -16,8 +16,9 @@ from pipelines.records import Row, RowError
 
 # Images of a chunk are fetched ahead of the one that is asked for: an object store answers in tens of milliseconds.
 _FETCH_THREADS = 16
-_ROWS_AT_ONCE = 4  # of a thread: to hand a row over costs as much as to read a file
-_FETCHED_AHEAD = 64 // _ROWS_AT_ONCE
+_FETCHED_AHEAD = 64  # rows
+# Of a thread. To hand rows over costs as much as to read a file; a disk does not gain by many threads, a store does.
+_ROWS_AT_ONCE, _ROWS_AT_ONCE_OF_DISK = 4, 16
 _SCHEME = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]*:/")
 
 Made = TypeVar("Made")
@@ -61,12 +62,13 @@ def with_images(
     def do_all(some: Sequence[Row]) -> list[tuple[Row, Made]]:
         return [(row, do(row)) for row in some]
 
+    at_once = _ROWS_AT_ONCE_OF_DISK if root is None or storage.is_local(root) else _ROWS_AT_ONCE
     with ThreadPoolExecutor(_FETCH_THREADS) as threads:
         waiting: deque[Future[list[tuple[Row, Made]]]] = deque()
         try:
-            for start in range(0, len(rows), _ROWS_AT_ONCE):
-                waiting.append(threads.submit(do_all, rows[start : start + _ROWS_AT_ONCE]))
-                if len(waiting) >= _FETCHED_AHEAD:
+            for start in range(0, len(rows), at_once):
+                waiting.append(threads.submit(do_all, rows[start : start + at_once]))
+                if len(waiting) >= _FETCHED_AHEAD // at_once:
                     yield from waiting.popleft().result()
             while waiting:
                 yield from waiting.popleft().result()

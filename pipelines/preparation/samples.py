@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+from PIL import Image
 
-from flashsloth import FlashSlothProcessor
+from flashsloth import FlashSlothImageProcessor, FlashSlothProcessor
 from flashsloth.conversation import ConversationError
 from flashsloth.image_processing_flashsloth import WITH_GIF, ImageError, decode_image
 from pipelines import storage
@@ -49,6 +51,27 @@ class Picture:
     """Whether a row before, of whatever chunk, has brought it into the store."""
 
 
+class _Pixels:
+    """The pixels of a chunk's images, in memory that is kept: what is new to a process costs more than to fill it."""
+
+    def __init__(self, processor: FlashSlothImageProcessor) -> None:
+        self._processor = processor
+        self._memory = np.empty((0,), np.uint8)
+        self._count = 0
+
+    def begin(self, num_images: int) -> None:
+        """Take back what was made, and make room for up to `num_images`."""
+        self._count = 0
+        if len(self._memory) < num_images:
+            side = self._processor.size
+            self._memory = np.empty((num_images, self._processor.num_tiles, 3, side, side), np.uint8)
+
+    def make(self, image: Image.Image) -> np.ndarray:
+        """uint8[T, 3, H, W] of the next image."""
+        self._count += 1
+        return self._processor.to_uint8(image, out=self._memory[self._count - 1])
+
+
 class SampleMaker:
     """Makes the samples of a chunk. Holds what all chunks share; create it once per process.
 
@@ -73,6 +96,7 @@ class SampleMaker:
         self.processor = processor
         self.example_every = example_every
         self.store = store
+        self._pixels = _Pixels(processor.image_processor)
         self._watch = Stopwatch()
         self._wants_example = False
         self._takes_gif = False
@@ -81,12 +105,15 @@ class SampleMaker:
     def __call__(self, number: int, chunk: Chunk) -> pa.Table:
         """The rows of `chunk`, the plan's chunk number `number`, as a table with the columns of WORK_SCHEMA.
 
+        Pixels in it are valid until the next chunk is made, into the same memory.
+
         Raises:
             PlanError: the source's file has changed since the plan was made.
         """
         source, files = self.terms.sources[chunk.source], self.files[chunk.source]
         self._watch = Stopwatch()
         self._in_chunk = set()
+        self._pixels.begin(chunk.rows)
         self._wants_example = number % self.example_every == 0
         self._takes_gif = source.gif
         with self._watch.time("read"):
@@ -134,7 +161,7 @@ class SampleMaker:
         if self.terms.payload == "original":
             return {"image": picture.data, "image_shape": [], "image_dtype": ""} | facts
         # Features begin as pixels: the tower's actor turns them into features.
-        pixels = self.processor.image_processor.to_uint8(image)
+        pixels = self._pixels.make(image)
         return {
             "image": pixels,
             "image_shape": list(pixels.shape),
