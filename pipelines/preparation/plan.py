@@ -1,6 +1,12 @@
 """The plan: what will be prepared, from what, by what, cut into chunks. Everything that decides a byte is in it.
 
 A folder holds the work of one plan. Whoever comes later with other terms is told which, and writes nothing.
+
+What is pinned are the files of the corpora, with the images that lie in them (parquet, webdataset). An image that a
+row names by its path is not: to know its state would cost a request per image before the work and another when it is
+read, and a plan of 100 million rows would hold gigabytes of it. It needs no pin to be safe. An image is read once,
+whole, in one request, and the row holds what was read, hashed. One that vanishes or breaks meanwhile is quarantined;
+one that is exchanged is in the dataset as it was when its chunk was made, and stays so: what has a receipt is done.
 """
 
 from __future__ import annotations
