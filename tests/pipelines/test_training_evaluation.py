@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ from pipelines.training import remote_evaluator
 from pipelines.training.checkpoint import CheckpointError, stored_names
 from pipelines.training.evaluator import CheckpointEvaluator, check_split, spread
 from pipelines.training.export import load_export
+from pipelines.training.keeper import EvaluationFailed
 from pipelines.training.launch import ResourceError, check_cluster, train
-from pipelines.training.remote_evaluator import EvaluatorProcess
+from pipelines.training.remote_evaluator import EvaluatorProcess, RemoteEvaluator
 from pipelines.training.scores import Score, read_best, read_score, read_scores
 from pipelines.training.settings import TrainSettings
 from pipelines.training.start import StartError
@@ -243,3 +245,34 @@ def test_a_run_evaluates_its_checkpoints_although_the_evaluator_is_killed(
     assert best and (best.step, best.checkpoint) == (lowest.step, lowest.checkpoint)
     assert {best.checkpoint, *(score.checkpoint for score in scores[-2:])} == set(stored_names(run))
     assert best.model and load_export(f"{run}/{best.model}", torch.float32)
+
+
+class RefusingProcess(EvaluatorProcess):
+    """Finds every checkpoint damaged."""
+
+    def evaluate(self, checkpoint: str) -> Score:
+        raise CheckpointError(f"{checkpoint}: damaged")
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(120)
+def test_an_evaluator_that_cannot_work_says_why(
+    ray_session: None, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    homeless = RemoteEvaluator(evaluated(prepared, tmp_path, evaluation__cpus=64, evaluation__timeout_s=0.3), "run")
+    assert not homeless.start(timeout_s=0.3)
+    with pytest.raises(EvaluationFailed, match=r"not been done with step-1 after 0\.3 s \(evaluation\.timeout_s\), or"):
+        homeless.evaluate("step-1")
+
+    patient = RemoteEvaluator(evaluated(prepared, tmp_path, evaluation__cpus=64), "run")
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(patient.evaluate, "step-1")
+        patient.close()
+        with pytest.raises(EvaluationFailed, match="the run has ended before"):
+            waiting.result(60)
+
+    monkeypatch.setattr(remote_evaluator, "EvaluatorProcess", RefusingProcess)
+    refusing = RemoteEvaluator(evaluated(prepared, tmp_path), "run")
+    with pytest.raises(EvaluationFailed, match=r"^step-1: damaged$"):
+        refusing.evaluate("step-1")
+    refusing.close()

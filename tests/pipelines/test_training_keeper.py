@@ -247,6 +247,27 @@ def test_the_thread_hears_of_new_checkpoints(tmp_path: Path) -> None:
     assert evaluator.asked == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.s3
+def test_it_looks_after_checkpoints_on_s3(tmp_path: Path, s3_uri: str) -> None:
+    run = f"{s3_uri}/run"
+    for step in (1, 2, 3, 4):
+        name = add_checkpoint(tmp_path, step)
+        storage.write_bytes(f"{run}/{name}/rank-00000-of-00001.safetensors", b"weights")
+        storage.write_bytes(f"{run}/{name}/checkpoint.json", (tmp_path / name / "checkpoint.json").read_bytes())
+    manifest = read_manifest(f"{run}/{stored_names(run)[-1]}")
+    assert isinstance(manifest, CheckpointManifest)
+    write_score(run, score(1, 1.0, manifest=manifest.fingerprint()))
+    evaluator = TableEvaluator(tmp_path, {})
+    for _ in range(2):  # the second time there is nothing left to do
+        kept = CheckpointKeeper(run, 2, lambda count: count, evaluator, LOSS, every=4)
+        kept.round(begin=False)
+        assert [name[:13] for name in stored_names(run)] == ["step-00000004", "step-00000003", "step-00000001"]
+    assert [each.step for each in read_scores(run)] == [1]
+    best = read_best(run)
+    assert best and best.step == 1
+    assert len(storage.list_names(f"{run}/tensorboard/evaluation")) == 1
+
+
 def test_the_best_is_the_first_of_the_best_and_never_one_that_is_no_number() -> None:
     by_loss = [score(1, float("nan")), score(4, 1.0), score(2, 1.0), score(3, float("inf"))]
     assert best_of(by_loss) == by_loss[2]
