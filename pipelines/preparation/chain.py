@@ -33,6 +33,9 @@ from pipelines.shards.schema import IMAGE_SCHEMA, QUARANTINE_SCHEMA, SAMPLE_SCHE
 from pipelines.shards.writer import write_shard
 
 _EXAMPLES = 12  # thumbnails in the data receipt, about
+# Two tasks to a CPU: what one leaves idle, the other uses. A task waits for the disk or the store when it writes, and
+# the next one for Ray Data: it looks every tenth of a second whether one has ended, and twice until it starts another.
+_CPUS_PER_TASK = 0.5
 
 
 @dataclass(frozen=True)
@@ -75,22 +78,19 @@ def run_chunks(
             )
             receipts = samples.map_batches(partial(write_chunk, work=work), **WHOLE_BLOCK)
         else:
-            receipts = chunks.map_batches(partial(make_and_write, work=work), **WHOLE_BLOCK)
+            receipts = chunks.map_batches(partial(make_and_write, work=work), num_cpus=_CPUS_PER_TASK, **WHOLE_BLOCK)
     return map(Receipt.model_validate_json, column(receipts, "receipt"))
 
 
 @carried
 def make_samples(chunks: pa.Table, work: Work) -> pa.Table:
-    """Chunks, of which Ray hands in one, -> their samples (columns: WORK_SCHEMA)."""
-    tables = []
-    for row in chunks.to_pylist():
-        number = row.pop("number")
-        tables.append(_maker(work)(number, Chunk(**row)))
-    return pa.concat_tables(tables)
+    """A block with one chunk -> its samples (columns: WORK_SCHEMA)."""
+    [chunk] = chunks.to_pylist()
+    return _maker(work)(chunk.pop("number"), Chunk(**chunk))
 
 
 def make_and_write(chunks: pa.Table, work: Work) -> pa.Table:
-    """Chunks, of which Ray hands in one, -> their receipts. Between two steps Ray Data would copy the images."""
+    """A block with one chunk -> its receipt. Between two steps Ray Data would copy the images."""
     return write_chunk(make_samples(chunks, work), work)
 
 
@@ -177,6 +177,5 @@ def _maker(work: Work) -> SampleMaker:
 
 def _actors(encoder: EncoderSettings) -> dict[str, Any]:
     num_gpus = ray.cluster_resources().get("GPU", 0)
-    most = encoder.max_workers or max(encoder.min_workers, int(num_gpus / encoder.num_gpus))
     share = {"num_gpus": encoder.num_gpus} if num_gpus else {"num_cpus": 1}
-    return {"compute": ActorPoolStrategy(min_size=encoder.min_workers, max_size=most), **share}
+    return {"compute": ActorPoolStrategy(min_size=encoder.min_workers, max_size=encoder.most(num_gpus)), **share}
