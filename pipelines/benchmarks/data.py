@@ -3,32 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import ray
 from pydantic import Field
 
 from pipelines import storage
-from pipelines.benchmarks.data_tables import growth_table, preparing_table, reading_table
+from pipelines.benchmarks.data_tables import growth_table, preparing_table, reading_table, sharing_table
 from pipelines.benchmarks.growth import grown
+from pipelines.benchmarks.image_sharing import measure_sharing
 from pipelines.benchmarks.machine import describe_machine, num_cores
 from pipelines.benchmarks.photos import draw_corpus, write_rows
-from pipelines.benchmarks.preparing import LoaderContestant, Photos, PrepareContestant, bare_loop, remove
+from pipelines.benchmarks.preparing import (
+    LoaderContestant,
+    Photos,
+    PrepareContestant,
+    bare_loop,
+    remove,
+    start_warm_ray,
+)
 from pipelines.benchmarks.reading import read_all, write_copies
 from pipelines.benchmarks.rounds import Figures, Rounds, take_turns
 from pipelines.benchmarks.settings import BenchmarkSettings
 from pipelines.benchmarks.table import Bound, Report, Table
-from pipelines.ray_session import start_ray
 
 BARE, LOADER, LOCAL, S3 = "bare loop", "DataLoader", "prepare", "prepare to S3"
-_FEW = 4
+_FEW, _WARM, _SHARING = 4, 500, 600  # rows
+_REPEATS = 1.65  # rows to an image, as in mix665k
+
+Part = Literal["prepare", "sharing", "growth", "read"]
 
 
 class DataBenchmark(BenchmarkSettings):
     """Preparing images to `pixels` against a bare loop and a PyTorch DataLoader; shards against other formats."""
 
+    parts: list[Part] = Field(default=["prepare", "sharing", "growth", "read"], min_length=1)
+    """What to measure: all of it takes about ten minutes on two cores."""
     photos: int = Field(default=2000, gt=0)
     """Made-up photos of about 500 x 400 pixels."""
     row_counts: list[int] = Field(default=[1000, 5000, 20000], min_length=2)
@@ -42,132 +54,142 @@ class DataBenchmark(BenchmarkSettings):
     """Of the made-up photos, and of the order in which rows are read."""
 
 
-@dataclass(frozen=True)
-class _Corpus:
-    folder: Path
-    rows: Path
-    few: Path
-    warm: Path
-
-
 def measure_data(settings: DataBenchmark) -> Report:
-    """Run the whole benchmark."""
+    """Run the whole benchmark, or the parts of it that are asked for."""
     if settings.quick:
         settings = settings.model_copy(update={"photos": 24, "row_counts": [24, 48], "rounds": 1})
     machine = describe_machine()
-    work = (Path(settings.output) / "work").resolve()
-    folder = draw_corpus(work, settings.photos, settings.seed)
-    rows = partial(write_rows, folder, num_photos=settings.photos, seed=settings.seed)
-    corpus = _Corpus(folder, rows(settings.photos), rows(_FEW), rows(min(500, settings.photos)))
-    tables: list[Table] = []
-    bounds: list[Bound] = []
-    measured: dict[str, object] = {}
+    bench = _Bench(settings)
+    parts = {"prepare": bench.prepare, "sharing": bench.share_images, "growth": bench.grow, "read": bench.read}
     try:
-        prepared = _prepare(settings, corpus, work, tables, bounds, measured)
-        _grow(settings, corpus, rows, work, tables, bounds, measured)
-        for place, shards in prepared.items():
-            _read(settings, place, shards, work, tables, bounds, measured)
+        for part in settings.parts:
+            parts[part]()
     finally:
         ray.shutdown()
-        for place in (str(work / "out"), *([settings.s3] if settings.s3 else [])):
+        for place in bench.places.values():
             remove(place)
     return Report(
         name="data",
         machine=machine,
         settings=settings.model_dump(),
-        tables=tables,
-        bounds=bounds,
-        measured=measured,
+        tables=bench.tables,
+        bounds=bench.bounds,
+        measured=bench.measured,
     )
 
 
-def _prepare(
-    settings: DataBenchmark,
-    corpus: _Corpus,
-    work: Path,
-    tables: list[Table],
-    bounds: list[Bound],
-    measured: dict[str, object],
-) -> dict[str, str]:
-    """Images to pixels; returns where the last prepared datasets lie, by place."""
-    start_ray()
-    photos, cores = Photos(corpus.folder, corpus.rows), num_cores()
-    places = {LOCAL: str(work / "out")} | ({S3: settings.s3} if settings.s3 else {})
-    ours = {name: PrepareContestant(corpus.folder, corpus.rows, corpus.few, place) for name, place in places.items()}
-    loader = LoaderContestant(photos, cores)
-    for contestant in ours.values():
-        contestant.warm_up(corpus.warm)
-    rounds = take_turns({BARE: lambda: bare_loop(photos), LOADER: loader, **ours}, settings.rounds, _say)
-    again = {name: contestant.again() for name, contestant in ours.items()}
-    ray.shutdown()  # its processes would compete with what comes next
-    tables.append(preparing_table(rounds, cores, BARE, again))
-    for name in ours:
-        share = rounds.ratio(name, BARE, "rows_per_s").median / cores
-        bounds.append(Bound(name=f"{name}: share of {BARE} x {cores}", sense="at least", wanted=0.85, measured=share))
-        ratio = rounds.ratio(name, LOADER, "rows_per_s").median
-        bounds.append(
-            Bound(name=f"{name}: of {LOADER} with {cores} workers", sense="at least", wanted=1, measured=ratio)
-        )
-        bounds.append(Bound(name=f"{name}: seconds of a second run", sense="at most", wanted=10, measured=again[name]))
-    measured["prepare"] = rounds.record() | {"second_run_s": again}
-    return {name: contestant.settings(corpus.rows).output for name, contestant in ours.items()}
+class _Bench:
+    """The corpus, and what has been found so far."""
+
+    def __init__(self, settings: DataBenchmark) -> None:
+        self.settings = settings
+        work = (Path(settings.output) / "work").resolve()
+        self.places = {LOCAL: str(work / "out")} | ({S3: settings.s3} if settings.s3 else {})
+        self.corpus = draw_corpus(work, settings.photos, settings.seed)
+        self.rows = partial(write_rows, self.corpus, num_photos=settings.photos, seed=settings.seed)
+        self.few, self.warm = self.rows(_FEW), self.rows(min(_WARM, settings.photos))
+        self.tables: list[Table] = []
+        self.bounds: list[Bound] = []
+        self.measured: dict[str, object] = {}
+
+    def prepare(self) -> None:
+        """Images to pixels."""
+        start_warm_ray()
+        rows, cores = self.rows(self.settings.photos), num_cores()
+        photos = Photos(self.corpus, rows)
+        ours = {name: PrepareContestant(self.corpus, rows, self.few, place) for name, place in self.places.items()}
+        loader = LoaderContestant(photos, cores)
+        for contestant in ours.values():
+            contestant.warm_up(self.warm)
+        contestants: dict[str, Callable[[], Figures]] = {BARE: partial(bare_loop, photos), LOADER: loader, **ours}
+        rounds = take_turns(contestants, self.settings.rounds, _say)
+        again = {name: contestant.again() for name, contestant in ours.items()}
+        for contestant in ours.values():
+            contestant.drop()
+        self.tables.append(preparing_table(rounds, cores, BARE, again))
+        for name in ours:
+            share = rounds.ratio(name, BARE, "rows_per_s").median / cores
+            self._bound(f"{name}: share of {BARE} x {cores}", share, at_least=0.85)
+            ratio = rounds.ratio(name, LOADER, "rows_per_s").median
+            self._bound(f"{name}: of {LOADER} with {cores} workers", ratio, at_least=1)
+            self._bound(f"{name}: seconds of a second run", again[name], at_most=10)
+        self.measured["prepare"] = rounds.record() | {"second_run_s": again}
+
+    def grow(self) -> None:
+        """More and more rows."""
+        ray.shutdown()  # each size starts its own
+        counts = self.settings.row_counts
+        found: dict[int, Figures] = {}
+        for count in counts:
+            found[count] = grown(self.corpus, self.rows(count), self.few, self._local("grown"), self.warm)
+            _say(f"{count:,} rows: {1000 * found[count]['seconds'] / count:.3f} ms a row, {found[count]}")
+        self.tables.append(growth_table(found))
+        times = [1 / figures["rows_per_s"] for figures in found.values()]
+        self._bound(f"time of a row, slowest of {counts} rows by fastest", max(times) / min(times), at_most=1.15)
+        for who in ("driver", "worker"):
+            growth = found[counts[-1]][f"{who}_mib"] / found[counts[0]][f"{who}_mib"]
+            self._bound(f"peak memory of a {who}, {counts[-1]:,} rows by {counts[0]:,}", growth, at_most=1.1)
+        self.measured["growth"] = found
+
+    def share_images(self) -> None:
+        """Images stored once, where they repeat and where they do not. No bound: it is off by default."""
+        start_warm_ray()
+        num_rows = min(_SHARING, self.settings.photos)
+        found: dict[str, Rounds] = {}
+        for repeats in (1.0, _REPEATS):
+            rows = write_rows(self.corpus, num_rows, int(num_rows / repeats), self.settings.seed)
+            output, rounds = self._local("sharing"), self.settings.rounds
+            found[f"{repeats:g}"] = measure_sharing(self.corpus, rows, self.few, self.warm, output, rounds, _say)
+        self.tables.append(sharing_table(num_rows, found))
+        self.measured["sharing"] = {repeats: rounds.record() for repeats, rounds in found.items()}
+
+    def read(self) -> None:
+        """Shards against other formats, in every order and with every number of workers."""
+        start_warm_ray()
+        rows = self.rows(self.settings.photos)
+        shards = {
+            place: PrepareContestant(self.corpus, rows, self.few, place).leave() for place in self.places.values()
+        }
+        ray.shutdown()  # its processes would compete with those that read
+        for place, prepared in shards.items():
+            self._read(prepared, storage.join(place, "copies"))
+
+    def _read(self, shards: str, folder: str) -> None:
+        copies = write_copies(shards, folder)
+        where = "a local disk" if copies.is_local else "S3"
+        found: dict[str, Rounds] = {}
+        for is_random in (False, True):
+            for workers in self.settings.workers:
+                title = f"{'random' if is_random else 'sequential'}, {workers} worker{'s' if workers > 1 else ''}"
+                readers = {
+                    name: partial(read_all, copies, name, is_random, workers, self.settings.seed)
+                    for name in copies.contestants(is_random)
+                }
+                if copies.is_local:
+                    for read in readers.values():
+                        read()  # files that were read before: disks are not what is compared
+                rounds = self.settings.rounds if copies.is_local else 1
+                found[title] = take_turns(readers, rounds, partial(_say_of, f"{where}, {title}"))
+        self.tables.append(reading_table(where, found))
+        for title, each in found.items():
+            own, *others = each.figures[0]
+            if others:
+                ratio = min(each.ratio(own, other, "rows_per_s").median for other in others)
+                self._bound(f"read from {where}, {title}: of the best rival's rows/s", ratio, at_least=1)
+        self.measured[f"read from {where}"] = {title: each.record() for title, each in found.items()}
+
+    def _local(self, name: str) -> str:
+        return storage.join(self.places[LOCAL], name)
+
+    def _bound(self, name: str, measured: float, at_least: float | None = None, at_most: float | None = None) -> None:
+        if at_least is not None:
+            self.bounds.append(Bound(name=name, sense="at least", wanted=at_least, measured=measured))
+        if at_most is not None:
+            self.bounds.append(Bound(name=name, sense="at most", wanted=at_most, measured=measured))
 
 
-def _grow(
-    settings: DataBenchmark,
-    corpus: _Corpus,
-    rows: Callable[[int], Path],
-    work: Path,
-    tables: list[Table],
-    bounds: list[Bound],
-    measured: dict[str, object],
-) -> None:
-    """More and more rows."""
-    found: dict[int, Figures] = {}
-    for count in settings.row_counts:
-        found[count] = grown(corpus.folder, rows(count), corpus.few, str(work / "out" / "grown"), corpus.warm)
-        _say(f"{count:,} rows: {1000 * found[count]['seconds'] / count:.3f} ms a row, {found[count]}")
-    tables.append(growth_table(found))
-    times = [1 / figures["rows_per_s"] for figures in found.values()]
-    name = f"time of a row, slowest of {settings.row_counts} rows by fastest"
-    bounds.append(Bound(name=name, sense="at most", wanted=1.15, measured=max(times) / min(times)))
-    first, last = (found[count] for count in (settings.row_counts[0], settings.row_counts[-1]))
-    for who in ("driver", "worker"):
-        growth = last[f"{who}_mib"] / first[f"{who}_mib"]
-        name = f"peak memory of a {who}, {settings.row_counts[-1]:,} rows by {settings.row_counts[0]:,}"
-        bounds.append(Bound(name=name, sense="at most", wanted=1.1, measured=growth))
-    measured["growth"] = found
-
-
-def _read(
-    settings: DataBenchmark,
-    place: str,
-    shards: str,
-    work: Path,
-    tables: list[Table],
-    bounds: list[Bound],
-    measured: dict[str, object],
-) -> None:
-    """Shards against other formats, in every order and with every number of workers."""
-    copies = write_copies(shards, storage.join(str(work / "out") if place == LOCAL else str(settings.s3), "copies"))
-    found: dict[str, Rounds] = {}
-    for is_random in (False, True):
-        names = copies.contestants if not is_random else copies.contestants[: 2 if copies.mds else 1]
-        for workers in settings.workers:
-            title = f"{'random' if is_random else 'sequential'}, {workers} worker{'s' if workers > 1 else ''}"
-            readers = {name: partial(read_all, copies, name, is_random, workers, settings.seed) for name in names}
-            if copies.is_local:
-                for read in readers.values():
-                    read()  # files that were read before: disks are not what is compared
-            found[title] = take_turns(readers, settings.rounds if copies.is_local else 1, _say)
-    tables.append(reading_table("a local disk" if copies.is_local else "S3", found))
-    for title, rounds in found.items():
-        own, *others = rounds.figures[0]
-        if others:
-            ratio = min(rounds.ratio(own, other, "rows_per_s").median for other in others)
-            name = f"read from {'disk' if copies.is_local else 'S3'}, {title}: of the better rival's rows/s"
-            bounds.append(Bound(name=name, sense="at least", wanted=1, measured=ratio))
-    measured[f"read, {'local' if copies.is_local else 'S3'}"] = {title: each.record() for title, each in found.items()}
+def _say_of(what: str, line: str) -> None:
+    _say(f"{what}: {line}")
 
 
 def _say(line: str) -> None:

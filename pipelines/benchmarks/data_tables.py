@@ -23,16 +23,25 @@ def preparing_table(rounds: Rounds, cores: int, bare: str, again: Mapping[str, f
                 _percent(Spread(share.median / cores, share.low / cores, share.high / cores)) if name != bare else "",
                 f"{rounds.spread(name, 'cpu_ms_per_row').median:.2f}",
                 _percent(useful) if name != bare else "",
+                f"{Spread.of([_busy(each[name]) for each in rounds.figures]).median:.2f}",
             ]
         )
     seconds = ", ".join(f"{name} {each:.2f} s" for name, each in again.items())
     return Table(
         title="Images to pixels and tokens",
-        columns=["who", "images/s", f"of {bare} x {cores} (lowest to highest)", "CPU ms/image", f"{bare}'s CPU by it"],
+        columns=[
+            "who",
+            "images/s",
+            f"of {bare} x {cores} (lowest to highest)",
+            "CPU ms/image",
+            f"{bare}'s CPU by it",
+            "cores busy",
+        ],
         rows=rows,
         notes=[
             f"A second run over the finished corpus decodes nothing: {seconds}.",
-            "CPU: of the process and all that it started, Ray's own processes included; a store's is not.",
+            "CPU: of the process and all that it started, Ray's own processes included; a store's is not. Cores busy: "
+            "with anything at all, a store on this machine included.",
         ],
     )
 
@@ -47,6 +56,27 @@ def growth_table(found: Mapping[int, Figures]) -> Table:
     return Table(title="More rows", columns=columns, rows=rows)
 
 
+def sharing_table(num_rows: int, found: Mapping[str, Rounds]) -> Table:
+    """What `share_images` changes, by the number of rows to an image."""
+    rows = []
+    for repeats, rounds in found.items():
+        apart, shared = rounds.figures[0]
+        for name in (apart, shared):
+            cpu, size, rate = (
+                rounds.spread(name, figure).median for figure in ("cpu_ms_per_row", "stored_bytes", "read_rows_per_s")
+            )
+            ratio = _percent(rounds.ratio(name, apart, "cpu_ms_per_row")) if name != apart else ""
+            rows.append([f"{repeats}: {name}", f"{cpu:.2f}", ratio, f"{size / num_rows / 1e3:,.0f}", f"{rate:,.0f}"])
+    columns = [
+        "rows to an image",
+        "CPU ms/row",
+        "of that without (lowest to highest)",
+        "kB/row",
+        "random reads, rows/s",
+    ]
+    return Table(title=f"Images that rows share, {num_rows:,} rows", columns=columns, rows=rows)
+
+
 def reading_table(where: str, found: Mapping[str, Rounds]) -> Table:
     """Rows and bytes per second of every format."""
     rows = []
@@ -59,6 +89,10 @@ def reading_table(where: str, found: Mapping[str, Rounds]) -> Table:
     columns = ["order and reader", "rows/s", "MB/s", "shards by it"]
     notes = ["WebDataset's tars cannot be read at random.", *missing()]
     return Table(title=f"Reading rows from {where}", columns=columns, rows=rows, notes=notes)
+
+
+def _busy(figures: Figures) -> float:
+    return figures["machine_cpu_s"] / figures["seconds"]
 
 
 def _percent(share: Spread) -> str:

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import ray
 
-from pipelines.benchmarks.preparing import PrepareContestant
+from pipelines.benchmarks.preparing import PrepareContestant, start_warm_ray
 from pipelines.benchmarks.processes import process_tree
 from pipelines.benchmarks.rounds import Figures
-from pipelines.ray_session import start_ray
 
 _SECONDS = 1800
 
@@ -31,7 +30,7 @@ def grown(corpus: Path, rows: Path, few: Path, output: str, warm: Path) -> Figur
 def main(arguments: Sequence[str]) -> None:
     """Measure in this process, and print the figures as the last line."""
     corpus, rows, few = map(Path, arguments[:3])
-    start_ray()
+    start_warm_ray()
     contestant = PrepareContestant(corpus, rows, few, arguments[3])
     contestant.warm_up(Path(arguments[4]))
     figures = contestant()

@@ -86,7 +86,7 @@ def draw_corpus(folder: Path, num_photos: int, seed: int = 0) -> Path:
 def write_rows(folder: Path, num_rows: int, num_photos: int, seed: int = 0) -> Path:
     """The LLaVA rows of a corpus: row i is about photo i modulo `num_photos`, so that rows can outnumber photos."""
     words = _words(seed)
-    path = folder / f"rows-{num_rows}.jsonl"
+    path = folder / f"rows-{num_rows}-of-{num_photos}.jsonl"
     with path.open("w", encoding="utf-8") as file:
         for number in range(num_rows):
             random = np.random.default_rng([seed, number, 1])

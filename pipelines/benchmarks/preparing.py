@@ -24,11 +24,13 @@ from flashsloth import FlashSlothProcessor
 from flashsloth.collation import collate
 from flashsloth.image_processing_flashsloth import decode_image
 from pipelines import storage
-from pipelines.benchmarks.processes import tree_cpu_s
+from pipelines.benchmarks.machine import num_cores
+from pipelines.benchmarks.processes import CpuMeter, machine_cpu_s
 from pipelines.benchmarks.rounds import Figures
 from pipelines.corpora.llava import record
 from pipelines.preparation.settings import PrepareSettings, SourceSettings
 from pipelines.prepare import prepare
+from pipelines.ray_session import start_ray
 
 _BATCH = 32
 
@@ -87,18 +89,29 @@ class LoaderContestant:
         return _measured(self._num_rows, work)
 
 
+def start_warm_ray() -> None:
+    """A Ray that keeps its workers from one preparation to the next, of which only the first waits for their imports.
+
+    It would end those that are idle and more than there are CPUs.
+    """
+    os.environ["RAY_num_workers_soft_limit"] = str(4 * num_cores())  # noqa: SIM112 (Ray's own spelling)
+    start_ray()
+
+
 class PrepareContestant:
     """`jobs/prepare.py` on the cluster that this process is connected to, into a new folder below `output` each time.
 
     Args:
         corpus: the photos and the processor.
         rows: the corpus file.
-        few: another with a handful of rows, whose preparation is all start-up.
+        few: another with a handful of rows, whose preparation, in as many chunks, is all start-up.
         output: a local folder or a URI.
+        share_images: as in the settings of a preparation.
     """
 
-    def __init__(self, corpus: Path, rows: Path, few: Path, output: str) -> None:
+    def __init__(self, corpus: Path, rows: Path, few: Path, output: str, share_images: bool = False) -> None:
         self._corpus, self._rows, self._few, self._output = corpus, rows, few, output
+        self._share_images = share_images
         self._runs = 0
 
     def warm_up(self, rows: Path) -> None:
@@ -110,7 +123,13 @@ class PrepareContestant:
         """How the corpus file `rows` is prepared in the run under way."""
         source = SourceSettings(path=str(rows), image_root=str(self._corpus))
         output = storage.join(self._output, f"{rows.stem}-{self._runs}")
-        return PrepareSettings(sources=[source], output=output, processor=str(self._corpus / "processor"))
+        return PrepareSettings(
+            sources=[source],
+            output=output,
+            processor=str(self._corpus / "processor"),
+            share_images=self._share_images,
+            chunk_rows=1 if rows == self._few else None,
+        )
 
     def __call__(self) -> Figures:
         """A handful of rows, then all; the difference counts."""
@@ -120,8 +139,13 @@ class PrepareContestant:
         start_up = _measured(0, lambda: _quietly(self.settings(self._few)))
         whole = _measured(0, lambda: _quietly(self.settings(self._rows)))
         num_rows = sum(1 for _ in self._rows.open()) - sum(1 for _ in self._few.open())
-        seconds, cpu_s = whole["seconds"] - start_up["seconds"], whole["cpu_s"] - start_up["cpu_s"]
-        return _figures(num_rows, seconds, cpu_s) | {"start_up_s": start_up["seconds"]}
+        of_rows = {figure: value - start_up[figure] for figure, value in whole.items()}
+        return _figures(num_rows, **of_rows) | {"start_up_s": start_up["seconds"]}
+
+    def leave(self) -> str:
+        """Prepare all rows, unmeasured; returns the folder or URI, which stays."""
+        _quietly(self.settings(self._rows))
+        return self.settings(self._rows).output
 
     def again(self) -> float:
         """Seconds of a second run over the finished corpus; it finds that nothing is left to do."""
@@ -134,11 +158,12 @@ class PrepareContestant:
 
 
 def remove(uri: str) -> None:
-    """Remove the folder `uri` and all in it."""
+    """Remove the folder `uri` and all in it, if there is one."""
     if storage.is_local(uri):
         shutil.rmtree(uri, ignore_errors=True)
-    else:
-        file_system, path = storage.filesystem(uri)
+        return
+    file_system, path = storage.filesystem(uri)
+    if file_system.exists(path):
         file_system.rm(path, recursive=True)
 
 
@@ -148,14 +173,16 @@ def _quietly(settings: PrepareSettings) -> None:
 
 
 def _measured(num_rows: int, work: Callable[[], None]) -> dict[str, float]:
-    cpu_s, start = tree_cpu_s(), time.perf_counter()
-    work()
-    return _figures(num_rows, time.perf_counter() - start, tree_cpu_s() - cpu_s)
+    with CpuMeter() as meter:
+        machine_s, start = machine_cpu_s(), time.perf_counter()
+        work()
+        seconds, machine_s = time.perf_counter() - start, machine_cpu_s() - machine_s
+    return _figures(num_rows, seconds, meter.seconds, machine_s)
 
 
-def _figures(num_rows: int, seconds: float, cpu_s: float) -> dict[str, float]:
+def _figures(num_rows: int, seconds: float, cpu_s: float, machine_cpu_s: float) -> dict[str, float]:
     rate = {"rows_per_s": num_rows / seconds, "cpu_ms_per_row": 1000 * cpu_s / num_rows} if num_rows else {}
-    return {"seconds": seconds, "cpu_s": cpu_s} | rate
+    return {"seconds": seconds, "cpu_s": cpu_s, "machine_cpu_s": machine_cpu_s} | rate
 
 
 @contextlib.contextmanager

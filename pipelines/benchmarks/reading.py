@@ -10,13 +10,13 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from pipelines import storage
 from pipelines.benchmarks import rivals
@@ -24,7 +24,8 @@ from pipelines.benchmarks.rivals import is_installed, num_bytes, read_tars, stre
 from pipelines.benchmarks.rounds import Figures
 from pipelines.shards.reader import ShardedDataset
 
-OURS, MDS, TARS = "shards", "MDS", "WebDataset"
+OURS, MDS, MDS_ROWS, TARS = "shards", "MDS", "MDS by index", "WebDataset"
+"""MDS: Streaming's own iterator, which fetches ahead and reads in its order alone."""
 _BATCH = 16
 _URL_SECONDS = 3600
 
@@ -39,15 +40,25 @@ class Copies:
     tars: str | None
     num_rows: int
 
-    @property
-    def contestants(self) -> list[str]:
-        """What there is to compare."""
-        return [OURS, *([MDS] if self.mds else []), *([TARS] if self.tars else [])]
+    def contestants(self, is_random: bool) -> list[str]:
+        """Who can read the rows at random, or in sequence."""
+        by_index = [OURS, *([MDS_ROWS] if self.mds else [])]
+        return by_index if is_random else [*by_index, *([MDS] if self.mds else []), *([TARS] if self.tars else [])]
 
     @property
     def is_local(self) -> bool:
         """Whether they lie on this machine."""
         return storage.is_local(self.shards)
+
+
+class _Stream(IterableDataset[tuple[int, int]]):
+    """Any reader with an order of its own, as sizes."""
+
+    def __init__(self, samples: Iterable[dict[str, Any]]) -> None:
+        self._samples = samples
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return ((1, num_bytes(sample)) for sample in self._samples)
 
 
 class _Rows(Dataset[tuple[int, int]]):
@@ -86,7 +97,7 @@ def read_all(copies: Copies, contestant: str, is_random: bool, num_workers: int,
 
     Args:
         copies: what to read.
-        contestant: OURS, MDS or TARS; tars cannot be read at random.
+        contestant: one of those that `copies` has for this order.
         is_random: the rows one by one in an order drawn by `seed`; else from the first to the last.
         num_workers: processes that read.
         seed: of the order.
@@ -95,17 +106,24 @@ def read_all(copies: Copies, contestant: str, is_random: bool, num_workers: int,
     if is_random:
         np.random.default_rng(seed).shuffle(order)
     with tempfile.TemporaryDirectory() as cache:
-        dataset: Any
-        if contestant == TARS:
-            return _measured(_tar_sizes(str(copies.tars)), None, num_workers, copies.is_local)
-        if contestant == MDS:
-            dataset = _Rows(_mds(str(copies.mds), cache).__getitem__)
-        else:
+        dataset: Dataset[tuple[int, int]]
+        if contestant == OURS:
             dataset = _Rows(ShardedDataset(copies.shards, cache_dir=cache).read)
-        return _measured(dataset, order.tolist(), num_workers, copies.is_local)
+        elif contestant == MDS_ROWS and copies.is_local:
+            dataset = _Rows(streaming().LocalDataset(copies.mds).__getitem__)
+        elif contestant == MDS_ROWS:
+            dataset = _Rows(_mds(str(copies.mds), cache).__getitem__)
+        elif contestant == MDS:
+            dataset = _Stream(_mds(str(copies.mds), cache))
+        else:
+            dataset = _Stream(read_tars(_tar_urls(str(copies.tars))))
+        rows = None if isinstance(dataset, IterableDataset) else order.tolist()
+        return _measured(dataset, rows, num_workers, copies.is_local)
 
 
-def _measured(dataset: Any, order: Sequence[int] | None, num_workers: int, skips_start: bool) -> Figures:
+def _measured(
+    dataset: Dataset[tuple[int, int]], order: Sequence[int] | None, num_workers: int, skips_start: bool
+) -> Figures:
     batches: Iterable[tuple[int, int]] = DataLoader(
         dataset, batch_size=_BATCH, sampler=order, num_workers=num_workers, collate_fn=_total
     )
@@ -125,32 +143,26 @@ def _total(sizes: list[tuple[int, int]]) -> tuple[int, int]:
 
 
 def _mds(folder: str, cache: str) -> Any:
-    if storage.is_local(folder):
-        return streaming().LocalDataset(folder)
-    os.environ.setdefault("S3_ENDPOINT_URL", os.environ.get("AWS_ENDPOINT_URL", "https://s3.amazonaws.com"))
     streaming()  # before its submodules
     from streaming.base.util import clean_stale_shared_memory
 
     clean_stale_shared_memory()
+    if storage.is_local(folder):
+        return streaming().StreamingDataset(local=folder, batch_size=_BATCH, shuffle=False)
+    os.environ.setdefault("S3_ENDPOINT_URL", os.environ.get("AWS_ENDPOINT_URL", "https://s3.amazonaws.com"))
     dataset = streaming().StreamingDataset(remote=folder, local=cache, batch_size=_BATCH, shuffle=False)
     for stream in dataset.streams:
         stream._downloader.clean_up()  # else forked workers share one connection, and read each other's answers
     return dataset
 
 
-def _tar_sizes(folder: str) -> Any:
+def _tar_urls(folder: str) -> list[str]:
     names = [name for name in storage.list_names(folder) if name.endswith(".tar")]
     if storage.is_local(folder):
-        urls = [storage.join(folder, name) for name in names]
-    else:
-        file_system, path = storage.filesystem(folder)
-        signed = (file_system.sign(f"{path}/{name}", expiration=_URL_SECONDS) for name in names)
-        urls = [f"pipe:curl -s -f '{url}'" for url in signed]
-    return read_tars(urls).map(_tar_size)
-
-
-def _tar_size(sample: dict[str, Any]) -> tuple[int, int]:
-    return 1, num_bytes(sample)
+        return [storage.join(folder, name) for name in names]
+    file_system, path = storage.filesystem(folder)
+    signed = (file_system.sign(f"{path}/{name}", expiration=_URL_SECONDS) for name in names)
+    return [f"pipe:curl -s -f '{url}'" for url in signed]
 
 
 def missing() -> list[str]:

@@ -1,0 +1,33 @@
+"""`jobs/benchmark.py`, as it is called: whether it measures and reports, never how fast. Parts have their own tests."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jobs.benchmark import main
+from pipelines.benchmarks.table import Report
+from tests.fixtures.ray_session import REPOSITORY
+
+
+@pytest.mark.ray
+def test_data_is_measured_from_beginning_to_end(tmp_path: Path) -> None:
+    """Without `growth`, every size of which starts a Ray of its own."""
+    flags = ["--quick", "--output", str(tmp_path), "--parts", "prepare,sharing,read", "--workers", "1"]
+    job = [sys.executable, str(REPOSITORY / "jobs" / "benchmark.py"), "data", *flags]
+    run = subprocess.run(job, capture_output=True, text=True, timeout=300)
+    assert run.returncode in (0, 1), run.stderr  # 1: a bound is not met, as is likely with 24 rows
+    report = Report.model_validate_json((tmp_path / "data.json").read_text())
+    assert [table.title.partition(" ")[0] for table in report.tables] == ["Images", "Images", "Reading"]
+    assert {"prepare", "sharing", "read from a local disk"} == set(report.measured)
+    assert all(bound.measured > 0 for bound in report.bounds if "read from" in bound.name)
+    assert report.tables[0].text() in run.stdout
+    assert not (tmp_path / "work" / "out").exists()
+
+
+def test_a_subject_that_does_not_exist_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["dato"]) == 2
+    assert "annotate,data,serve,train" in capsys.readouterr().err
