@@ -21,7 +21,7 @@ from flashsloth import FlashSlothImageProcessor, FlashSlothProcessor
 from pipelines.report.contents import Goal, Picture, Report, Step, TypeScore, score_replies
 from pipelines.report.interview import converse, free_port, wait_until_healthy
 from pipelines.report.page import write_report
-from pipelines.report.sources import data_facts, environment_facts, pictures_of, replies_of, stage_of
+from pipelines.report.sources import data_facts, pictures_of, replies_of, stage_of
 from pipelines.report.templates import duration
 from pipelines.scenes.corpus import DrawnCorpus, corpus_texts, draw_corpus
 from pipelines.scenes.tokenizer import train_tokenizer
@@ -34,6 +34,7 @@ from pipelines.steps import (
     started,
     terminate_as_interrupt,
 )
+from pipelines.training.environment import environment_facts
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGE_SIZE, IMAGE_TOKENS = 126, 9  # of the tiny preset

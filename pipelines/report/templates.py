@@ -21,10 +21,12 @@ def page_template(name: str, package: str = "pipelines.report") -> Template:
 
 
 def duration(seconds: float) -> str:
-    """ "0.8 s", "42 s" or "3 min 07 s"."""
+    """ "0.8 s", "42 s", "3 min 07 s" or "6 h 15 min"."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 

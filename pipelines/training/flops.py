@@ -9,6 +9,7 @@ learn. `tests/pipelines/test_training_flops.py` compares with what torch counts 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
@@ -165,9 +166,37 @@ def _samples(inputs: Mapping[str, torch.Tensor], config: FlashSlothConfig) -> tu
     return lengths, queries, images
 
 
-def peak_tflops(device: torch.device) -> float | None:
-    """What the maker states for this GPU, or None where the table has no such GPU."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for chip, peak in PEAK_TFLOPS.items() if chip in name), None)
+class Peak(NamedTuple):
+    """What a device can do, in TFLOP/s, and how that is known."""
+
+    tflops: float
+    source: str
+
+
+def find_peak(stated: float | None, device: torch.device, dtype: torch.dtype) -> Peak:
+    """What the recipe states, else what the maker states for this GPU in bf16, else what matrix products reach here."""
+    if stated:
+        return Peak(stated, "stated by the recipe")
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        for chip, peak in PEAK_TFLOPS.items():
+            if chip in name:
+                return Peak(peak, f"stated by the maker of the {chip}")
+    return Peak(measure_tflops(device, dtype), f"measured by matrix products in {str(dtype).removeprefix('torch.')}")
+
+
+def measure_tflops(device: torch.device, dtype: torch.dtype) -> float:
+    """The best of a few square matrix products; a fraction of a second."""
+    on_gpu = device.type == "cuda"
+    size, rounds = (8192, 10) if on_gpu else (1024, 5)
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(rounds):
+        if on_gpu:
+            torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        left @ right
+        if on_gpu:
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best / 1e12

@@ -27,10 +27,12 @@ from pipelines.training.lookout import Lookout, drop_record
 from pipelines.training.loop import export_uri, run_identity, run_uri, train_worker
 from pipelines.training.lost_ranks import TellLostRanks
 from pipelines.training.process import require_compiler, worker_environment
+from pipelines.training.recording import recorded
 from pipelines.training.remote_evaluator import RemoteEvaluator
 from pipelines.training.scores import Measure
 from pipelines.training.settings import EvaluationSettings, ScalingSettings, TrainSettings
 from pipelines.training.start import check_encoder, check_start, load_processor
+from pipelines.training.tracking import check_tracking
 
 
 class TrainingError(RuntimeError):
@@ -67,8 +69,9 @@ def check_inputs(settings: TrainSettings) -> None:
     """Read what the run starts from and its manifests, and compare them with each other and with an earlier attempt.
 
     Raises:
-        ManifestError, ExportError, StartError, CheckpointError: What does not fit, by name.
+        ManifestError, ExportError, StartError, CheckpointError, TrackingError: What does not fit, by name.
     """
+    check_tracking(settings.tracking)
     manifests = {folder: Manifest.load(folder) for folder in settings.data.folders}
     check_start(settings, manifests, load_processor(settings.model))
     check_encoder(settings.model, manifests)
@@ -103,7 +106,7 @@ def check_cluster(scaling: ScalingSettings, evaluation: EvaluationSettings | Non
 def train(settings: TrainSettings, worker: Callable[[dict[str, Any]], None] = train_worker) -> str:
     """Run or continue the training; returns where the exported model is.
 
-    While it runs, SIGTERM makes the workers save a checkpoint and end.
+    While it runs, SIGTERM makes the workers save a checkpoint and end. However it ends, it leaves a report.html.
 
     Args:
         settings: With absolute paths, see `resolve_settings`.
@@ -116,6 +119,11 @@ def train(settings: TrainSettings, worker: Callable[[dict[str, Any]], None] = tr
     """
     show_worker_lines_only()
     storage.write_bytes(storage.join(run_uri(settings.run), "config.yaml"), dump_settings(settings).encode())
+    with recorded(run_uri(settings.run), stopped=(TrainingStopped, KeyboardInterrupt)):
+        return _train(settings, worker)
+
+
+def _train(settings: TrainSettings, worker: Callable[[dict[str, Any]], None]) -> str:
     drop_record(run_uri(settings.run))
     evaluator = _start_evaluator(settings)
     supervisor = _start_supervisor()
@@ -227,7 +235,7 @@ def _trainer(settings: TrainSettings, config: dict[str, Any], worker: Callable[[
             failure_config=FailureConfig(max_failures=run.max_failures),
             worker_runtime_env={"env_vars": environment},
             logging_config=LoggingConfig(log_level="WARNING"),
-            callbacks=[TellLostRanks(config["supervisor"])],
+            callbacks=[TellLostRanks(config["supervisor"], run_uri(run))],
         ),
     )
 

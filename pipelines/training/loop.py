@@ -18,14 +18,17 @@ from pipelines.feed import BatchLoader, Feed, MicroBatch, Mixture, Position, Pre
 from pipelines.shards.manifest import Manifest
 from pipelines.training.checkpoint import CheckpointError, Progress, RunIdentity, restore
 from pipelines.training.divergence import BadSteps, TrainingDiverged
+from pipelines.training.environment import environment_facts, machine_name
+from pipelines.training.events import EventLog, record
 from pipelines.training.export import consolidated, read_export_step, write_export
-from pipelines.training.flops import FlopCounter, peak_tflops
+from pipelines.training.flops import FlopCounter, Peak, find_peak
 from pipelines.training.host import Host, Outcome, RayHost, Request
 from pipelines.training.lora import merge_adapters
-from pipelines.training.metrics import RunLog, StepMeter
+from pipelines.training.metrics import RunLog, StepMeter, read_metrics
 from pipelines.training.optimization import (
     build_optimizer,
     deepspeed_config,
+    learning_rates,
     schedule_factor,
     set_learning_rates,
 )
@@ -35,6 +38,7 @@ from pipelines.training.saver import CheckpointSaver
 from pipelines.training.settings import RunSettings, TrainSettings
 from pipelines.training.start import build_learner, load_processor
 from pipelines.training.state import StateError
+from pipelines.training.tracking import open_trackers
 from pipelines.training.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -81,19 +85,29 @@ def run_worker(settings: TrainSettings, device: torch.device, host: Host) -> Non
     processor = load_processor(settings.model)
     data = settings.data
     rows = PreparedRows(data.folders, data.cache_dir, int(data.cache_gib * 2**30))
+    uri = run_uri(settings.run)
+    events = EventLog(uri, "worker") if dist.get_rank() == 0 else None
     # Longer than the watchdog waits: it says who hangs, a collective that times out does not.
-    ranks = Ranks(2 * settings.run.hang_timeout_s)
-    with Watchdog(ranks, settings.run.hang_timeout_s, settings.run.start_timeout_s) as watchdog:
-        run = WorkerRun(settings, processor, rows, device, host, ranks, watchdog)
+    ranks = Ranks(2 * settings.run.hang_timeout_s, events.note if events else None)
+
+    def tell(verdict: str) -> None:
+        record(uri, "watchdog", "hung", message=verdict)
+
+    with Watchdog(ranks, settings.run.hang_timeout_s, settings.run.start_timeout_s, tell) as watchdog:
+        run = WorkerRun(settings, processor, rows, device, host, ranks, watchdog, events)
         try:
-            start = restore(run.engine, run_uri(settings.run), run.identity, ranks)
-            host.clean(run_uri(settings.run), ranks)
+            start = restore(run.engine, uri, run.identity, ranks)
+            host.clean(uri, ranks)
+            run.introduce(start.step)
             run.train(start)
             run.export(nothing_new=start.step >= run.num_steps)
         except RunStopped as stop:
             host.end(Outcome(kind="stopped", message=str(stop)))
         except (CheckpointError, StateError, TrainingDiverged) as error:  # the same on every rank
             host.end(Outcome(kind="failed", message=str(error)))
+        finally:
+            if events:
+                events.close()
 
 
 class RunStopped(RuntimeError):
@@ -112,6 +126,7 @@ class WorkerRun:
         host: Host,
         ranks: Ranks,
         watchdog: Watchdog,
+        events: EventLog | None = None,
     ) -> None:
         self.settings = settings
         self.processor = processor
@@ -120,6 +135,7 @@ class WorkerRun:
         self.host = host
         self.ranks = ranks
         self.watchdog = watchdog
+        self.events = events
         self.rank, self.world_size = ranks.rank, ranks.world_size
         self.feed = Feed(
             rows.num_tokens,
@@ -140,6 +156,26 @@ class WorkerRun:
         self.optimizer = build_optimizer(model, settings.optim)
         self.engine = _initialize(model, self.optimizer, settings, self.world_size)
         self.bad_steps = BadSteps(settings.run.max_bad_steps if settings.deepspeed.stage else 1)
+        stated = settings.scaling.peak_tflops
+        self.peak: Peak = find_peak(stated, device, torch.bfloat16 if settings.precision == "bf16" else torch.float32)
+
+    def introduce(self, start_step: int) -> None:
+        """Note where and with what this attempt begins. Collective."""
+        machines = self.ranks.gather(machine_name(self.device))
+        if self.events:
+            logged = read_metrics(run_uri(self.settings.run))
+            self.events.write(
+                "attempt",
+                step=start_step,
+                num_steps=self.num_steps,
+                # What a killed attempt had done and logged after the checkpoint is done again.
+                reached=max(start_step, logged[-1]["step"] if logged else 0),
+                world_size=self.world_size,
+                machines=machines,
+                peak=self.peak._asdict(),
+                data=self.identity.data,
+                environment=environment_facts(),
+            )
 
     def train(self, start: Progress) -> None:
         """Train from `start` to the last step.
@@ -152,10 +188,10 @@ class WorkerRun:
         if start.step >= self.num_steps:
             return
         step, position = start.step, start.position
-        meter = StepMeter(self.device, self.flops, self._peak_tflops())
-        log = RunLog(run_uri(self.settings.run), self.num_steps, start.step) if self.rank == 0 else None
+        meter = StepMeter(self.device, self.flops, self.peak.tflops)
+        log = self._run_log(step) if self.rank == 0 else None
         saver = self._saver()
-        with self.loader(position, self.num_steps - step) as loader:
+        with log or contextlib.nullcontext(), self.loader(position, self.num_steps - step) as loader:
             for micro_batches in grouped_by_step(loader):
                 self.watchdog.beat("trains")
                 self.step(step, micro_batches, meter)
@@ -175,8 +211,6 @@ class WorkerRun:
                 if request == Request.STOP and not last:
                     raise RunStopped(f"stopped at step {step} of {self.num_steps}, with a checkpoint of this step")
                 self.watchdog.beat("waits for data")
-        if log:
-            log.close()
 
     def export(self, nothing_new: bool) -> None:
         """Write the trained model as a `from_pretrained` folder, unless this run did so before."""
@@ -195,9 +229,18 @@ class WorkerRun:
             print(f"exported the model to {target}{how}", flush=True)
         self.ranks.barrier()
 
+    def _run_log(self, start_step: int) -> RunLog:
+        uri = run_uri(self.settings.run)
+        return RunLog(uri, self.num_steps, start_step, lambda folder: open_trackers(self.settings, uri, folder))
+
     def _saver(self) -> CheckpointSaver:
         run = self.settings.run
-        return CheckpointSaver(run_uri(run), self.identity, self.ranks, run.max_failed_saves, self.host.report)
+        return CheckpointSaver(run_uri(run), self.identity, self.ranks, run.max_failed_saves, self._report)
+
+    def _report(self, name: str, step: int) -> None:
+        if self.events:
+            self.events.write("saved", step=step, name=name)
+        self.host.report(name, step)
 
     def _agree(self, step: int, rows: np.ndarray, saver: CheckpointSaver) -> Request:
         """One exchange per step, so that all ranks report, save, stop and fail at the same one."""
@@ -230,9 +273,15 @@ class WorkerRun:
             self.engine.backward(1.0 * loss, scale_wrt_gas=False)
             losses.append(loss.detach())
             meter.add_micro_batch(micro)
+        self.grad_norm = self._own_norm() if self.settings.deepspeed.stage == 0 else None
         self.engine.step()
         self.last_loss = torch.stack(losses).sum()
         meter.add_loss(self.last_loss)
+
+    def _own_norm(self) -> torch.Tensor:
+        """The norm of the gradients, which DeepSpeed's stage 0 computes and forgets."""
+        gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients)
 
     def _on_device(self, micro: MicroBatch) -> dict[str, torch.Tensor]:
         moved = {name: tensor.to(self.device, non_blocking=True) for name, tensor in micro.inputs.items()}
@@ -273,18 +322,14 @@ class WorkerRun:
     def _log(
         self, log: RunLog | None, meter: StepMeter, step: int, position: Position, waited_s: float, saving_s: float
     ) -> None:
-        norm = self.engine.get_global_grad_norm()
+        norm = self.engine.get_global_grad_norm() if self.grad_norm is None else self.grad_norm
         figures = meter.read(waited_s, saving_s, None if norm is None else float(norm))
         if log:
-            figures["lr"] = self.settings.optim.lr * self._factor(step - 1)
+            figures |= learning_rates(self.settings.optim, self.settings.train_parts, self._factor(step - 1))
             figures["epoch"] = position.epoch + position.batch / self.feed.batches_per_epoch
             figures["samples_seen"] = position.samples_seen
             figures["seconds_left"] = figures["seconds_per_step"] * (self.num_steps - step)
             log.write(step, figures)
-
-    def _peak_tflops(self) -> float | None:
-        stated = self.settings.scaling.peak_tflops
-        return stated or (peak_tflops(self.device) if self.settings.precision == "bf16" else None)
 
     def _factor(self, step: int) -> float:
         return schedule_factor(step, self.num_steps, self.settings.optim)

@@ -1,4 +1,4 @@
-"""Says in one line which ranks of a run were lost, and where. Ray itself writes a page, and it does not name the rank.
+"""Says and records in a line which ranks of a run were lost, and where. Ray writes a page that does not name the rank.
 
 When a process or a machine dies, the ranks that are left fail too, in their next exchange with it. So among what Ray
 Train hands over, the ranks whose processes died are the cause, and those that raised an error of their own are not.
@@ -15,19 +15,24 @@ from ray.exceptions import RayActorError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2.api.callback import UserCallback
 
+from pipelines.training.events import record
+
 _LONGEST_REASON = 240
 
 
 class TellLostRanks(UserCallback):
-    """Runs in Ray Train's controller, and tells the run's `Supervisor`."""
+    """Runs in Ray Train's controller, tells the run's `Supervisor`, and adds it to the run's events."""
 
-    def __init__(self, supervisor: Any) -> None:
+    def __init__(self, supervisor: Any, run_uri: str) -> None:
         self._supervisor = supervisor
+        self._run_uri = run_uri
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """As `UserCallback.after_exception`."""
         places = ray.get(self._supervisor.places.remote())
-        ray.get(self._supervisor.tell.remote(describe_loss(worker_exceptions, places)))
+        loss = describe_loss(worker_exceptions, places)
+        ray.get(self._supervisor.tell.remote(loss))
+        record(self._run_uri, "controller", "lost", message=loss)
 
 
 def describe_loss(failures: Mapping[int, Exception], places: Mapping[int, str]) -> str:

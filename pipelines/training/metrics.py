@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,9 @@ import torch.distributed as dist
 
 from pipelines import storage
 from pipelines.feed import GlobalBatch, MicroBatch
+from pipelines.training.errands import Errands
 from pipelines.training.flops import FlopCounter
+from pipelines.training.tracking import Tracker
 
 METRICS_NAME = "metrics.jsonl"
 
@@ -92,6 +96,10 @@ class StepMeter:
         means = torch.stack([self._loss / window.steps, waited, *counts.float()])
         dist.all_reduce(means)
         loss, wait_share, filled, positions, vision, language = (means / dist.get_world_size()).tolist()
+        # The others wait for the rank that waits longest, and the run ends when one device is full.
+        largest = torch.stack([waited, torch.tensor(_memory_gib(self._device), device=self._device)])
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        longest_wait, memory = largest.tolist()
         self._loss.zero_()
         self._window = _Window(now, waited_s, saving_s)
         figures = {
@@ -100,9 +108,10 @@ class StepMeter:
             "samples_per_s": window.samples / elapsed,
             "tokens_per_s": window.tokens / elapsed,
             "data_wait_share": wait_share,
+            "data_wait_share_max": longest_wait,
             "padding_share": 1 - filled / positions if positions else 0.0,
             "checkpoint_s": saving_s - window.saving_s,
-            "memory_gib": _memory_gib(self._device),
+            "memory_gib": memory,
         }
         if self._flops:
             figures |= self._rates(vision / elapsed / 1e12, language / elapsed / 1e12)
@@ -120,10 +129,23 @@ class StepMeter:
 class RunLog:
     """Writes a run's figures into its folder, local or on an object store. For rank 0 alone.
 
-    On an object store the files are gathered on the local disk and copied by `flush`: at checkpoints and at the end.
+    On an object store the files are gathered on the local disk and copied by `flush`, at checkpoints and at the end, in
+    a thread. Use as a context manager: at its end all is where it belongs.
+
+    Args:
+        run_uri: The run's folder.
+        num_steps: Of the whole run.
+        start_step: The step that this attempt goes on from.
+        trackers: Given a local folder for their own files, whoever else shall be told.
     """
 
-    def __init__(self, run_uri: str, num_steps: int, start_step: int) -> None:
+    def __init__(
+        self,
+        run_uri: str,
+        num_steps: int,
+        start_step: int,
+        trackers: Callable[[Path], Sequence[Tracker]] = lambda folder: (),
+    ) -> None:
         # TensorBoard takes seconds to import, which other ranks need not spend.
         from torch.utils.tensorboard import SummaryWriter
 
@@ -135,29 +157,57 @@ class RunLog:
         self._lines = self._folder / METRICS_NAME
         self._lines.write_text("".join(_lines_before(run_uri, start_step)))
         self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=start_step + 1)
+        self._trackers = trackers(self._folder)
+        self._copying = Errands(f"copying the log to {run_uri}")
+        self._copied: dict[Path, tuple[int, int]] = {}
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self.close(finished=kind is None)
 
     def write(self, step: int, figures: dict[str, Any]) -> None:
         """Log the figures of the window that ends with `step`."""
         with self._lines.open("a") as file:
-            file.write(json.dumps({"step": step, **figures}) + "\n")
-        for name, value in figures.items():
-            self._board.add_scalar(f"train/{name}", value, step)
+            file.write(json.dumps({"step": step, "time": time.time(), **figures}) + "\n")
+        named = {f"train/{name}": float(value) for name, value in figures.items()}
+        for name, value in named.items():
+            self._board.add_scalar(name, value, step)
+        for tracker in self._trackers:
+            tracker.write(step, named)
         print(readable(step, self._num_steps, figures), flush=True)
 
     def flush(self) -> None:
-        """Make everything written so far visible in the run's folder."""
+        """Make everything written so far visible in the run's folder, soon."""
         self._board.flush()
-        if not self._local:
-            for path in sorted(self._folder.rglob("*")):
-                if path.is_file():
-                    storage.write_bytes(
-                        storage.join(self._uri, path.relative_to(self._folder).as_posix()), path.read_bytes()
-                    )
+        if not self._local and not self._copying.waiting:
+            self._copying.add(self._copy)
 
-    def close(self) -> None:
-        """Flush and close."""
+    def close(self, finished: bool = True) -> None:
+        """Flush and close.
+
+        Args:
+            finished: Whether the run has done its last step; trackers show it.
+        """
         self._board.close()
+        for tracker in self._trackers:
+            tracker.close(finished)
         self.flush()
+        self._copying.close()
+        if not self._local:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _copy(self) -> None:
+        for path in sorted(self._folder.rglob("*")):
+            if path.is_symlink() or not path.is_file():
+                continue
+            facts = path.stat()
+            version = (facts.st_size, facts.st_mtime_ns)
+            if self._copied.get(path) != version:
+                name = path.relative_to(self._folder).as_posix()
+                storage.write_bytes(storage.join(self._uri, name), path.read_bytes())
+                self._copied[path] = version
 
 
 def readable(step: int, num_steps: int, figures: dict[str, Any]) -> str:
@@ -166,7 +216,7 @@ def readable(step: int, num_steps: int, figures: dict[str, Any]) -> str:
         f"step {step}/{num_steps}",
         f"epoch {figures['epoch']:.2f}",
         f"loss {figures['loss']:.4f}",
-        f"lr {figures['lr']:.2e}",
+        f"lr {figures['lr']:.2e}{_other_rates(figures)}",
         f"grad {figures['grad_norm']:.2f}" if "grad_norm" in figures else "",
         f"{figures['samples_per_s']:.1f} samples/s",
         f"{figures['tokens_per_s']:.0f} tokens/s",
@@ -197,6 +247,11 @@ def _read_lines(run_uri: str) -> list[str]:
         return []
     # The last line of a killed process may be cut.
     return [line for line in text.split("\n")[:-1] if line]
+
+
+def _other_rates(figures: dict[str, Any]) -> str:
+    rates = [f"{name[3:]} {value:.2e}" for name, value in figures.items() if name.startswith("lr_")]
+    return f" ({', '.join(rates)})" if rates else ""
 
 
 def _memory_gib(device: torch.device) -> float:

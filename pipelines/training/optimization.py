@@ -69,6 +69,14 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
         group["lr"] = group["peak_lr"] * factor
 
 
+def learning_rates(optim: OptimSettings, train_parts: Collection[str], factor: float) -> dict[str, float]:
+    """The learning rates at `factor` times their peaks: `lr`, the highest, and `lr_PART` of parts with a lower one."""
+    part_lr = {str(part): lr for part, lr in optim.part_lr.items()}
+    peaks = {part: part_lr.get(part, optim.lr) for part in train_parts}
+    highest = max(peaks.values())
+    return {"lr": highest * factor} | {f"lr_{part}": lr * factor for part, lr in peaks.items() if lr != highest}
+
+
 def deepspeed_config(settings: TrainSettings, world_size: int) -> dict[str, Any]:
     """DeepSpeed's configuration for this run; `deepspeed.options` of the recipe is laid over it."""
     batch = settings.batch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -18,14 +19,16 @@ class Ranks:
 
     Args:
         timeout_s: How long one rank waits for the others before it raises.
+        note: Also given what `say` prints.
     """
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, timeout_s: float, note: Callable[[str], None] | None = None) -> None:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         # Set by Ray Train, and by torchrun.
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        self._note = note
 
     def gather(self, item: Any) -> list[Any]:
         """Every rank's `item`, in order of ranks."""
@@ -53,3 +56,5 @@ class Ranks:
         """Print `message` once, from rank 0. Not collective."""
         if self.rank == 0:
             print(message, flush=True)
+            if self._note:
+                self._note(message)

@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from types import FrameType
 
@@ -36,15 +37,19 @@ class Watchdog:
         ranks: All ranks.
         timeout_s: Seconds without a `beat` after which the run counts as hung. Longer than the slowest step or save.
         start_timeout_s: The same until the first beat: loading a model and a checkpoint takes longer than a step.
+        tell: Given the verdict on who hangs, by one rank.
     """
 
-    def __init__(self, ranks: Ranks, timeout_s: float, start_timeout_s: float) -> None:
+    def __init__(
+        self, ranks: Ranks, timeout_s: float, start_timeout_s: float, tell: Callable[[str], None] = lambda verdict: None
+    ) -> None:
         self._rank, self._world_size = ranks.rank, ranks.world_size
         self._timeout_s = timeout_s
         self._allowed_s = start_timeout_s
         self._thread_id = threading.get_ident()
         self._phase, self._last = "starts", time.monotonic()
         self._stop = threading.Event()
+        self._tell = tell
         host = os.environ.get("MASTER_ADDR", "127.0.0.1")
         wait = timedelta(seconds=max(30.0, timeout_s))
         # A store of its own: the process group's may be what hangs.
@@ -80,7 +85,9 @@ class Watchdog:
         if self._stop.is_set():
             return
         if self._rank == min(rank for rank, place in places.items() if not place.startswith(_SILENT)):
-            print(f"error: {verdict(places, self._world_size, self._allowed_s)}", file=sys.stderr, flush=True)
+            why = verdict(places, self._world_size, self._allowed_s)
+            print(f"error: {why}", file=sys.stderr, flush=True)
+            self._tell(why)
         else:
             time.sleep(_HEAD_START_S)
         os._exit(HUNG_EXIT_CODE)  # the training thread cannot be reached

@@ -18,9 +18,10 @@ from pipelines.report.curves import loss_curve, running_mean
 from pipelines.report.findings import describe_stage, judge, margin
 from pipelines.report.interview import free_port, wait_until_healthy
 from pipelines.report.page import render, write_report
-from pipelines.report.sources import data_facts, environment_facts, pictures_of, replies_of, stage_of
+from pipelines.report.sources import data_facts, pictures_of, replies_of, stage_of
 from pipelines.report.templates import duration
 from pipelines.shards.manifest import Manifest
+from pipelines.training.environment import environment_facts
 from tests.prepared import coloured_rows, write_prepared
 
 VOID_TAGS = {"meta", "img", "link", "br", "hr", "input", "path", "use", "rect"}
@@ -205,7 +206,8 @@ def test_curve_follows_the_page_and_is_reproducible() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0.84, "0.8 s"), (42.4, "42 s"), (187.2, "3 min 07 s"), (3600, "60 min 00 s")]
+    ("seconds", "text"),
+    [(0.84, "0.8 s"), (42.4, "42 s"), (187.2, "3 min 07 s"), (3599.9, "1 h 00 min"), (22500, "6 h 15 min")],
 )
 def test_durations_are_readable(seconds: float, text: str) -> None:
     assert duration(seconds) == text

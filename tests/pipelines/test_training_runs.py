@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipelines.report.run_sources import run_report
 from pipelines.training.launch import ResourceError, TrainingError, check_cluster, check_inputs, train
 from pipelines.training.metrics import read_metrics
 from tests.training import NUM_STEPS, check_export, losses, recipe, write_data
@@ -48,6 +49,7 @@ def test_a_run_survives_a_kill_a_hang_and_a_damaged_checkpoint_bit_for_bit(
     assert re.search(r"no step of this run has moved for 10 s .*: rank 1 hangs at \S+test_training_runs.py:\d+", said)
     check_export(exported, prepared)
     _check_folder(Path(exported).parent)
+    _check_report(Path(exported).parent)
 
     # The newest checkpoint loses a byte: the same command goes on from the one before.
     newest, before = sorted((tmp_path / "b" / "run").glob("step-*"), reverse=True)[:2]
@@ -100,12 +102,23 @@ def _check_folder(run: Path) -> None:
     assert list((run / "tensorboard").glob("events.*"))
     line = read_metrics(str(run))[-1]
     wanted = ("lr", "grad_norm", "samples_per_s", "tokens_per_s", "data_wait_share", "memory_gib", "samples_seen")
+    wanted += ("data_wait_share_max", "seconds_per_step")
     wanted += ("padding_share", "checkpoint_s", "tflops_vision", "tflops_language", "mfu", "mfu_vision", "mfu_language")
     assert all(np.isfinite(line[name]) for name in wanted)
     assert line["mfu"] == pytest.approx(10 * (line["tflops_vision"] + line["tflops_language"])) and line["mfu"] > 0
     assert line["samples_seen"] == 40
     # A killed attempt's leftovers are gone, and the two newest checkpoints are kept.
     assert sorted(path.name[:13] for path in run.glob("step-*")) == ["step-00000004", "step-00000006"]
+
+
+def _check_report(run: Path) -> None:
+    assert ">finished<" in (run / "report.html").read_text("utf-8")
+    history = run_report(str(run)).history
+    assert [attempt.step for attempt in history.attempts] == [0, 2, 4]
+    killed, hung, last = history.attempts
+    assert killed.why.startswith("lost rank 1 on ") and killed.is_failure
+    assert "rank 1 hangs at" in hung.why and hung.is_failure
+    assert last.why == "finished" and last.world_size == 2 and list(history.saved) == [2, 4, 6]
 
 
 def test_workers_that_never_come_are_an_error_after_the_deadline(
