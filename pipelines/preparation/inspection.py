@@ -18,8 +18,9 @@ from pipelines.preparation.plan import Plan, load_plan
 from pipelines.preparation.processor import load_processor
 from pipelines.preparation.settings import CONFIG_NAME, PrepareSettings
 from pipelines.preparation.sources import PlanError
+from pipelines.shards.integrity import check
 from pipelines.shards.manifest import Manifest
-from pipelines.shards.reader import ShardedDataset, check
+from pipelines.shards.reader import ShardedDataset
 from pipelines.shards.receipts import QuarantinedRow, Receipt, receipt_name
 from pipelines.shards.schema import IGNORED_LABEL
 

@@ -11,8 +11,8 @@ from pydantic import ValidationError
 from pipelines import storage
 from pipelines.preparation.plan import PLAN_NAME, load_plan
 from pipelines.shards.images import ImageObjectError, ImageStore, image_keys
+from pipelines.shards.integrity import ShardError, check
 from pipelines.shards.manifest import Manifest, QuarantineEntry, ShardEntry
-from pipelines.shards.reader import ShardError, check
 from pipelines.shards.receipts import Receipt, receipt_name
 
 _THREADS = 4

@@ -27,7 +27,8 @@ import xxhash
 from pipelines import storage
 from pipelines.shards.cache import ShardCache
 from pipelines.shards.images import ImageStore
-from pipelines.shards.manifest import Manifest, QuarantineEntry, ShardEntry
+from pipelines.shards.integrity import CHANGED, ShardError, check, check_rows, check_size, damage, is_intact, missing
+from pipelines.shards.manifest import Manifest, ShardEntry
 from pipelines.shards.prefetch import AHEAD, Prefetcher, RemoteShard
 from pipelines.shards.quantization import dequantize
 from pipelines.shards.schema import SAMPLE_SCHEMA
@@ -35,16 +36,11 @@ from pipelines.shards.schema import SAMPLE_SCHEMA
 # Each open shard holds a file descriptor, of which a process commonly has 1024.
 _MAX_OPEN_SHARDS = 64
 _ARRAY_FIELDS = {"pixels": "pixel_values", "features": "patch_features"}
-_CHANGED = "the shard was changed or cut after it was written; restore it, or prepare the dataset again"
 _UNPICKLED = ("_lock", "_open", "_checked", "_prefetcher")
 
 
 _OwnRow = tuple[pa.RecordBatch, np.ndarray | None]
 """A row, and the memory that it lies in and that belongs to nobody else; None where there is none."""
-
-
-class ShardError(ValueError):
-    """A shard is not what the manifest says; the message names it with what was expected and what is there."""
 
 
 class ShardedDataset:
@@ -137,12 +133,12 @@ class ShardedDataset:
         try:
             data = storage.read_range(uri, start, stop)
         except FileNotFoundError as error:
-            raise _missing(entry, uri) from error
-        if not _is_intact(entry, position, data):
+            raise missing(entry, uri) from error
+        if not is_intact(entry, position, data):
             expected, found = (entry.row_checksums or [])[position], xxhash.xxh3_64_hexdigest(data)
             raise ShardError(
                 f"{uri}: row {position}: expected {stop - start} bytes with XXH3 {expected}, found {len(data)} with "
-                f"{found}: {_CHANGED}"
+                f"{found}: {CHANGED}"
             )
         return _row(np.frombuffer(bytearray(data), np.uint8))
 
@@ -198,8 +194,8 @@ class _OpenShard:
         start, stop = entry.row_offsets[position : position + 2]
         memory = np.empty(stop - start, np.uint8)
         os.preadv(self._descriptor, [memory.data], start)
-        if not _is_intact(entry, position, memory.data):
-            raise _damage(entry, self._uri(entry), position, Path(self._path(entry)).read_bytes())
+        if not is_intact(entry, position, memory.data):
+            raise damage(entry, self._uri(entry), position, Path(self._path(entry)).read_bytes())
         return _row(memory)
 
     def _uri(self, entry: ShardEntry) -> str:
@@ -208,13 +204,13 @@ class _OpenShard:
     def _path(self, entry: ShardEntry) -> str:
         path = self._uri(entry) if self._dataset._is_local else self._dataset._cached(self._number)
         if not os.path.exists(path):
-            raise _missing(entry, self._uri(entry))
+            raise missing(entry, self._uri(entry))
         return path
 
     def _open(self, entry: ShardEntry) -> int:
         descriptor = os.open(self._path(entry), os.O_RDONLY)
         try:
-            _check_size(entry, self._uri(entry), os.fstat(descriptor).st_size)
+            check_size(entry, self._uri(entry), os.fstat(descriptor).st_size)
         except BaseException:
             os.close(descriptor)
             raise
@@ -228,54 +224,14 @@ class _OpenShard:
         return source
 
 
-def check(entry: ShardEntry | QuarantineEntry, uri: str, data: bytes | pa.Buffer) -> None:
-    """Raise ShardError unless `data`, found at `uri`, is what `entry` says was written."""
-    _check_size(entry, uri, len(data))
-    digest = storage.sha256(memoryview(data))
-    if digest != entry.sha256:
-        raise ShardError(f"{uri}: expected sha256 {entry.sha256}, found {digest}: {_CHANGED}")
-
-
-def _check_rows(entry: ShardEntry, uri: str, data: pa.Buffer) -> None:
-    """As `check`, by the rows' own checksums where there are any: a tenth of the cost of hashing the file."""
-    if entry.row_checksums is None:
-        return check(entry, uri, data)
-    for position in range(entry.rows):
-        start, stop = (entry.row_offsets or [])[position : position + 2]
-        if not _is_intact(entry, position, data.slice(start, stop - start)):
-            raise _damage(entry, uri, position, data)
-
-
-def _is_intact(entry: ShardEntry, position: int, row: pa.Buffer | memoryview | bytes) -> bool:
-    return xxhash.xxh3_64_hexdigest(row) == (entry.row_checksums or [])[position]
-
-
-def _damage(entry: ShardEntry, uri: str, position: int, data: bytes | pa.Buffer) -> ShardError:
-    """What to say of a shard, all of it `data`, whose row `position` is not intact."""
-    check(entry, uri, data)
-    return ShardError(f"{uri}: row {position} is not what the manifest says, the whole shard is: {_CHANGED}")
-
-
-def _check_size(entry: ShardEntry | QuarantineEntry, uri: str, size: int) -> None:
-    if size != entry.bytes:
-        raise ShardError(f"{uri}: expected {entry.bytes} bytes, found {size}: {_CHANGED}")
-
-
 def _fetch(entry: ShardEntry, uri: str, path: Path) -> None:
     try:
         storage.download(uri, path)
     except FileNotFoundError as error:
-        raise _missing(entry, uri) from error
-    _check_size(entry, uri, path.stat().st_size)  # before it is mapped: an empty file cannot be
+        raise missing(entry, uri) from error
+    check_size(entry, uri, path.stat().st_size)  # before it is mapped: an empty file cannot be
     with pa.memory_map(str(path)) as source:
-        _check_rows(entry, uri, source.read_buffer())
-
-
-def _missing(entry: ShardEntry, uri: str) -> ShardError:
-    return ShardError(
-        f"{uri}: expected {entry.bytes} bytes with sha256 {entry.sha256}, found no such file: "
-        "restore it, or prepare the dataset again"
-    )
+        check_rows(entry, uri, source.read_buffer())
 
 
 def _row(memory: np.ndarray) -> _OwnRow:
