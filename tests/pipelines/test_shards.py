@@ -172,6 +172,26 @@ def test_damaged_shard_is_named(tmp_path: Path, damage: Callable[[Path], None], 
         dataset.read(5)
 
 
+def test_damage_after_a_row_was_read_is_noticed(tmp_path: Path) -> None:
+    write_dataset(str(tmp_path))
+    dataset = ShardedDataset(str(tmp_path))
+    for index in (4, 5, 6, 7):
+        dataset.read(index)
+    flip_a_bit(tmp_path / dataset.manifest.shards[1].name)  # in the file that is open
+    with pytest.raises(ShardError, match=r"expected sha256 [0-9a-f]{64}, found [0-9a-f]{64}"):
+        for index in (4, 5, 6, 7):
+            dataset.read(index)
+
+
+def test_arrays_of_rows_share_no_memory(tmp_path: Path) -> None:
+    write_dataset(str(tmp_path))
+    dataset = ShardedDataset(str(tmp_path))
+    first, again = dataset.read(1), dataset.read(1)
+    first["pixel_values"][:] = 255
+    assert not np.shares_memory(first["pixel_values"], again["pixel_values"])
+    assert np.array_equal(dataset.read(1)["pixel_values"], again["pixel_values"])
+
+
 def test_folder_without_manifest_is_no_dataset(tmp_path: Path) -> None:
     write_dataset(str(tmp_path))
     (tmp_path / MANIFEST_NAME).unlink()

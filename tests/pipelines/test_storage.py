@@ -7,9 +7,11 @@ import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pipelines import storage
+from tests.fixtures.small_disk import SmallDisk
 
 
 @pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3)])
@@ -25,6 +27,33 @@ def test_what_is_written_is_read(place: str) -> None:
     assert storage.exists(uri)
     assert storage.read_bytes(uri) == b"second"
     assert storage.list_names(storage.join(place, "a")) == ["b.bin"]
+
+
+def pages(size: int) -> memoryview:
+    """Memory that begins at a page, as that of a shard does."""
+    memory = np.random.default_rng(size).integers(0, 256, size + 4096, dtype=np.uint8)
+    return memory[-memory.ctypes.data % 4096 :][:size].data
+
+
+@pytest.mark.parametrize("size", [2**20, 2**21 + 123])
+@pytest.mark.parametrize("offset", [0, 1], ids=["at a page", "beside a page"])
+def test_large_data_is_written_whole_wherever_it_lies(
+    tmp_path: Path, small_disk: SmallDisk, size: int, offset: int
+) -> None:
+    """On the disk of the tests, and on a file system in memory, which not everywhere can do without the page cache."""
+    small_disk.resize("8m")
+    data = pages(size + offset)[offset:]
+    for folder in (tmp_path / "here", small_disk.path):
+        storage.write_bytes(str(folder / "shard"), data)
+        assert (folder / "shard").read_bytes() == data
+        assert [path.name for path in folder.iterdir()] == ["shard"]
+
+
+def test_a_full_disk_is_named_and_keeps_nothing(small_disk: SmallDisk) -> None:
+    path = small_disk.path / "shard"
+    with pytest.raises(OSError, match=rf"No space left on device.*{path}"):
+        storage.write_bytes(str(path), pages(2**20))
+    assert not any(small_disk.path.iterdir())
 
 
 def test_put_if_absent_keeps_the_first(place: str) -> None:
