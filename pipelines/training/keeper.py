@@ -108,12 +108,13 @@ class CheckpointKeeper:
             interrupted: Asked now and then whether to leave the rest to the next time; then this returns False.
         """
         self._join()
-        while True:
-            self.round(ended=True)
-            if self._running is None:
-                break
-            wait([self._running[1]], timeout=_LOOK_S)
-            if interrupted():
+        self.round(ended=True)
+        if self._running:
+            print("the steps are done; waiting for the last evaluations", flush=True)
+        while self._running:
+            if wait([self._running[1]], timeout=_LOOK_S).done:
+                self.round(ended=True)
+            elif interrupted():
                 return False
         if self._evaluator:
             self._export_best(self._evaluator)
