@@ -14,6 +14,7 @@ import ray
 import yaml
 
 from pipelines.serving.settings import ServeArgs
+from pipelines.serving.transport import ENVIRONMENT
 from pipelines.settings import Section
 
 CLUSTER = Path(__file__).resolve().parents[1] / "cluster"
@@ -70,6 +71,11 @@ def test_aws_does_not_rent_by_itself(aws: dict[str, Any]) -> None:
     workers = [t for name, t in aws["available_node_types"].items() if name != aws["head_node_type"]]
     assert all(node_type["min_workers"] == 0 for node_type in workers)
     assert aws["max_workers"] <= sum(node_type["max_workers"] for node_type in workers)
+
+
+def test_the_image_tells_serve_how_to_carry_requests() -> None:
+    settings = re.findall(r"(RAY_SERVE_\w+)=(\S+)", (CLUSTER / "Dockerfile").read_text())
+    assert dict(settings) == ENVIRONMENT
 
 
 def test_images_have_versions_and_ray_is_the_pinned_one() -> None:

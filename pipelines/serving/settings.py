@@ -38,7 +38,9 @@ class Limits(Section):
     """Requests that one ingress works on at once; one more is answered with 429 before its body is read."""
 
     requests_per_minute: int | None = Field(default=None, gt=0)
-    """Requests of one client (a token, or an address where there are none) that one ingress takes per minute."""
+    """Requests of one client that one ingress takes per minute: each ingress counts for itself, so with several of them
+    a client gets up to this times `num_ingress_replicas`. A client is a token; where there are none, the address that
+    the connection comes from, which behind a proxy is the proxy's."""
 
 
 class Policy(Section):

@@ -1,7 +1,7 @@
 """How Ray Serve carries requests between its processes. Its defaults are made for calls that are rare and large.
 
 The settings are read by each process of Serve when it starts, so they stand in the environment before Ray does; on a
-cluster, in that of every node.
+cluster, in that of every node (cluster/Dockerfile).
 """
 
 from __future__ import annotations
