@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -24,6 +26,9 @@ HEALTH_TIMEOUT_S = 10
 HEALTH_HOLDS_S = 1  # /health is open to everybody, so it must not cost a forward pass each time
 GRACE_S = 5  # beyond the deadline, which the engine itself keeps: only one that is lost needs more
 CLIENT_GONE = 499
+# Threads that read requests. More of them than cores would only take the interpreter from each other; more than a few
+# are never busy, for what they do between two pictures holds the interpreter.
+READERS = min(4, os.cpu_count() or 1)
 
 T = TypeVar("T")
 
@@ -63,6 +68,7 @@ class Service:
         self.engines = engines
         self.metrics = metrics
         self.read_metrics = read_metrics
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="reader")
         self._num_open = 0
         self._healthy_until = 0.0
         self.adopt(policy)
@@ -95,10 +101,11 @@ class Service:
         """Check a request and encode it; raises `ApiError` for whatever is wrong with it."""
         limits = self.limits
         # In a thread: parsing and decoding megabytes takes a while, and others want to be heard meanwhile.
-        request, prompt = await asyncio.to_thread(self._read, body, limits)
+        loop = asyncio.get_running_loop()
+        request, prompt = await loop.run_in_executor(self._readers, self._read, body, limits)
         if prompt is None:
             fetched = {url: await self._images.fetch(url) for url in request.image_addresses}
-            prompt = await asyncio.to_thread(self._encode, request, limits, fetched)
+            prompt = await loop.run_in_executor(self._readers, self._encode, request, limits, fetched)
         options = request.stream_options
         return Question(prompt, bool(request.stream), options is not None and options.include_usage)
 
