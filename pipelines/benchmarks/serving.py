@@ -18,7 +18,6 @@ from pathlib import Path
 from random import Random
 from statistics import median
 
-import aiohttp
 import ray
 import torch
 from pydantic import PositiveInt
@@ -30,6 +29,7 @@ from transformers.utils.logging import disable_progress_bar
 from flashsloth import FlashSlothImageProcessor, FlashSlothProcessor
 from flashsloth.image_processing_flashsloth import decode_image
 from pipelines.benchmarks.annotating import write_checkpoint
+from pipelines.benchmarks.http_client import Connection, post_request
 from pipelines.benchmarks.machine import describe_machine
 from pipelines.benchmarks.photos import draw_corpus
 from pipelines.benchmarks.rounds import Figures, Rounds, take_turns, timed
@@ -147,7 +147,7 @@ class _Bench:
     def http(self, name: str, clients: int, lengths: list[int]) -> Figures:
         """`clients` clients, each sending its share of the requests one after the other."""
         # Written before the clock starts: this process takes its time from the cores that the service needs.
-        requests = [(self._body(index, length), length) for index, length in enumerate(lengths)]
+        requests = [(self._request(name, index, length), length) for index, length in enumerate(lengths)]
         return {"requests_per_s": len(lengths) / timed(lambda: asyncio.run(self._ask_all(name, clients, requests)))}
 
     def first_token_of_engine(self) -> Figures:
@@ -178,41 +178,37 @@ class _Bench:
             for p, length in pairs
         ]
 
-    def _body(self, index: int, length: int, stream: bool = False) -> bytes:
+    def _request(self, name: str, index: int, length: int, stream: bool = False) -> bytes:
         picture = {"type": "image_url", "image_url": {"url": self.uris[index % len(self.uris)]}}
         content = [picture, {"type": "text", "text": _QUESTION}]
         messages = [{"role": "user", "content": content}]
         body = {"model": "bench", "messages": messages, "max_tokens": length, "stream": stream}
-        return json.dumps(body).encode()
+        return post_request(f"{self.address}/{name}/v1/chat/completions", json.dumps(body).encode())
 
     async def _ask_all(self, name: str, clients: int, requests: list[tuple[bytes, int]]) -> None:
         waiting = iter(requests)
 
-        async def client(session: aiohttp.ClientSession) -> None:
-            for body, length in waiting:
-                async with session.post(self._url(name), data=body) as response:
-                    answer = await response.json()
-                    if response.status != 200 or answer["usage"]["completion_tokens"] != length:
-                        raise ValueError(f"{name}: status {response.status}, asked for {length} tokens: {answer}")
+        async def client() -> None:
+            async with Connection.to(self.address) as connection:
+                for request, length in waiting:
+                    answer = await connection.ask(request)
+                    if answer["usage"]["completion_tokens"] != length:
+                        raise ValueError(f"{name}: asked for {length} tokens: {answer}")
 
-        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-            await asyncio.gather(*(client(session) for _ in range(clients)))
+        await asyncio.gather(*(client() for _ in range(clients)))
 
     async def _first_tokens(self) -> Figures:
+        requests = [self._request("service", index, _LENGTHS[0], stream=True) for index in range(self._num_alone)]
         times = []
-        async with aiohttp.ClientSession() as session:
-            for index in range(self._num_alone):
-                body = self._body(index, _LENGTHS[0], stream=True)
+        async with Connection.to(self.address) as connection:
+            for request in requests:
                 start = time.perf_counter()
-                async with session.post(self._url("service"), data=body) as response:
-                    await response.content.readuntil(b"\n\n")  # who speaks
-                    await response.content.readuntil(b"\n\n")  # and the first text
-                    times.append(time.perf_counter() - start)
-                    await response.read()
+                num_events = 0
+                async for _ in connection.stream(request):
+                    num_events += 1
+                    if num_events == 2:  # who speaks, and the first text
+                        times.append(time.perf_counter() - start)
         return {"first_token_ms": 1000 * median(times)}
-
-    def _url(self, name: str) -> str:
-        return f"{self.address}/{name}/v1/chat/completions"
 
 
 def _start(args: ServeArgs) -> str:
