@@ -21,7 +21,9 @@ from pipelines.encode import DeviceError, is_device_failure
 from pipelines.serving.engine import Answer, Chunk, Encoder, Engine, Prompt, Ticket
 from pipelines.serving.sampling import Sampling
 
-_AHEAD = 2  # questions in hand per slot: those that are decoded, and as many that are ready to take their places
+# Questions in hand per slot: those that are decoded, and enough to outlast the beginning of the next chunk. Its first
+# rows come late, for its images are prepared by several threads at once, many to each.
+AHEAD = 4
 
 
 @dataclass(frozen=True)
@@ -64,13 +66,13 @@ class EngineAsker:
     """Asks an engine of this process.
 
     Args:
-        engine: whose batch is to stay full. Its queue must hold two requests a slot.
+        engine: whose batch is to stay full. Its queue must hold `AHEAD` requests a slot.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._encoder = Encoder(engine.processor)
-        self._room = threading.Semaphore(_AHEAD * engine.stats().slots)
+        self._room = threading.Semaphore(AHEAD * engine.stats().slots)
 
     def prepare(self, question: Question) -> Prompt | Answered:
         """Decode the image, tokenize, lay out."""

@@ -14,7 +14,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from ray.data.context import AutoscalingConfig
 from transformers.utils.logging import disable_progress_bar
 
-from pipelines.annotation.answering import Asker, EngineAsker
+from pipelines.annotation.answering import AHEAD, Asker, EngineAsker
 from pipelines.annotation.chunks import ChunkAnnotator
 from pipelines.annotation.endpoint import EndpointAsker
 from pipelines.annotation.ledger import PartReceipt
@@ -112,7 +112,7 @@ def make_asker(settings: AnnotateSettings, model: str, token: str) -> Asker:
     torch.set_num_threads(max(1, int(settings.workers.num_cpus)))
     slots = settings.engine.max_slots
     # The asker itself keeps the queue short; the engine must only never refuse.
-    budgets = settings.engine.model_copy(update={"max_waiting": max(settings.engine.max_waiting, 2 * slots)})
+    budgets = settings.engine.model_copy(update={"max_waiting": max(settings.engine.max_waiting, AHEAD * slots)})
     engine = Engine.from_checkpoint(settings.checkpoint, settings.device, settings.dtype, budgets)
     return EngineAsker(engine)
 
