@@ -37,8 +37,8 @@ class History:
     """What happened to a run, from its events."""
 
     attempts: Sequence[Attempt] = ()
-    state: str = "running"
-    """running, finished, stopped or failed."""
+    state: str = "unknown"
+    """running, finished, stopped or failed; unknown where no driver left a record."""
     message: str = ""
     """The last word of a job that failed or was stopped."""
     seconds: float = 0.0

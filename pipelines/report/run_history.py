@@ -26,7 +26,7 @@ def history_of(events: Sequence[Mapping[str, Any]], last_logged: float | None = 
 class _Teller:
     def __init__(self) -> None:
         self._attempts: list[Attempt] = []
-        self._state, self._message = "running", ""
+        self._state, self._message = "unknown", ""
         self._job_started: float | None = None
         self._seconds = 0.0
         self._seen: float | None = None

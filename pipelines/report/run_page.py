@@ -42,7 +42,7 @@ def lead(report: RunReport) -> str:
     """The run in a sentence or two."""
     history = report.history
     if not history.attempts:
-        return "No worker has taken a step yet."
+        return f"{report.step:,} steps, and no record of its attempts." if report.step else "No worker has begun yet."
     attempt = history.attempts[-1]
     devices = sorted({device for _, device in attempt.machines})
     hosts = len({name for name, _ in attempt.machines})

@@ -86,7 +86,7 @@ def _panel(kind: _Kind, lines: Mapping[str, Points], restarts: Sequence[int]) ->
     end = short(float(running_mean(values)[-1]), kind.is_share)
     note = f"{end} at the end, {short(min(values), kind.is_share)} to {short(max(values), kind.is_share)}"
     colours = [LINE_COLOURS[number % len(LINE_COLOURS)] for number in range(len(lines))]
-    keys = [(colour, _LINES.get(name, name)) for colour, name in zip(colours, lines, strict=True)]
+    keys = [(colour, _LINES.get(name, name.removeprefix("lr_"))) for colour, name in zip(colours, lines, strict=True)]
     return Panel(kind.title, note, svg, keys if len(keys) > 1 else [])
 
 

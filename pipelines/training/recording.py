@@ -42,7 +42,8 @@ def recorded(run_uri: str, stopped: tuple[type[BaseException], ...]) -> Iterator
         events.write("ended", outcome=outcome, message=message)
         events.close()
         refreshing.join()
-        _write(run_uri)
+        if uri := _write(run_uri):
+            print(f"the report of the run is {uri}", flush=True)
 
 
 def shortened(error: BaseException) -> str:
@@ -57,10 +58,11 @@ def _refresh(run_uri: str, done: threading.Event) -> None:
         _write(run_uri)
 
 
-def _write(run_uri: str) -> None:
+def _write(run_uri: str) -> str | None:
     try:
-        write_run_report(run_uri)
+        return write_run_report(run_uri)
     # A run that is done must not fail on its report, whatever is wrong with that.
     except Exception as error:
         traceback.print_exc()
         print(f"warning: the report of {run_uri} could not be written ({error}); the run is not affected", flush=True)
+        return None

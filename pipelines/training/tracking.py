@@ -12,12 +12,11 @@ import importlib.util
 import json
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from pipelines import storage
-from pipelines.settings import dump_settings
 from pipelines.training.errands import Errands
 from pipelines.training.settings import MlflowSettings, TrackingSettings, TrainSettings, WandbSettings
 
@@ -27,6 +26,7 @@ WORD_TAG = "flashsloth_run"
 _MODULES = {"wandb": "wandb", "mlflow": "mlflow-skinny"}
 _PATIENCE_S = 60.0
 _MLFLOW_VALUE = 500  # characters that MLflow's oldest servers take as a parameter
+_MLFLOW_PARAMS = 100  # that it takes at once
 
 
 class TrackingError(ValueError):
@@ -59,7 +59,7 @@ class Tracker:
         self._errands.add(lambda: self._when_open(lambda: self._close(finished)))
         self._errands.close(patience_s)
 
-    def _when_open(self, call: Any) -> None:
+    def _when_open(self, call: Callable[[], None]) -> None:
         # Opened by the thread, and tried again each time: a server may be down when an attempt starts.
         if not self._is_open:
             self._open()
@@ -129,12 +129,12 @@ class MlflowTracker(Tracker):
             self._run_id = found[0].info.run_id
             self._client.update_run(self._run_id, status="RUNNING")
             return
-        tags = {WORD_TAG: self._word, "mlflow.note.content": f"```\n{dump_settings(self._settings)}```"}
+        tags = {WORD_TAG: self._word}
         self._run_id = self._client.create_run(number, tags=tags, run_name=self._settings.run.name).info.run_id
         values = flat(self._settings.model_dump(mode="json"))
-        self._client.log_batch(
-            self._run_id, params=[Param(name, value[:_MLFLOW_VALUE]) for name, value in values.items()]
-        )
+        params = [Param(name, value[:_MLFLOW_VALUE]) for name, value in values.items()]
+        for start in range(0, len(params), _MLFLOW_PARAMS):
+            self._client.log_batch(self._run_id, params=params[start : start + _MLFLOW_PARAMS])
 
     def _write(self, step: int, figures: Mapping[str, float], now: float) -> None:
         from mlflow.entities import Metric

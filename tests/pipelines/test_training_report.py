@@ -250,7 +250,12 @@ def test_a_run_that_never_took_a_step_has_a_report(tmp_path: Path) -> None:
     )
     (tmp_path / "run" / "metrics.jsonl").unlink()
     html = Path(write_run_report(run)).read_text("utf-8")
-    assert "No worker has taken a step yet." in html and "no GPU" in html and ">failed<" in html
+    assert "No worker has begun yet." in html and "no GPU" in html and ">failed<" in html
+
+
+def test_a_run_without_events_has_its_curves(tmp_path: Path) -> None:
+    html = Path(write_run_report(write_run(tmp_path / "run", events=[]))).read_text("utf-8")
+    assert "100 steps, and no record of its attempts." in html and html.count("<svg") == 11 and ">unknown<" in html
 
 
 @pytest.mark.s3

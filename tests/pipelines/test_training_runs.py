@@ -118,7 +118,8 @@ def _check_report(run: Path) -> None:
     killed, hung, last = history.attempts
     assert killed.why.startswith("lost rank 1 on ") and killed.is_failure
     assert "rank 1 hangs at" in hung.why and hung.is_failure
-    assert last.why == "finished" and last.world_size == 2 and list(history.saved) == [2, 4, 6]
+    assert last.why == "finished" and last.world_size == 2
+    assert history.saved[-1] == 6  # of the others, workers may have died before they heard
 
 
 def test_workers_that_never_come_are_an_error_after_the_deadline(
