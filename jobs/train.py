@@ -1,7 +1,8 @@
 """Train FlashSloth on prepared shards: `python jobs/train.py --config jobs/recipes/align.yaml [--run.name mine ...]`.
 
 The same command with the same `run.name` continues the run from its last checkpoint that verifies, on as many workers
-as there are now. What it leaves in `run.storage`/`run.name`: checkpoints, metrics.jsonl, tensorboard/, config.yaml, and
+as there are now. What it leaves in `run.storage`/`run.name`: checkpoints, metrics.jsonl, tensorboard/, config.yaml,
+events/, report.html however it ends (`jobs/report.py` makes it at any time), and
 at the end the model in export/.
 
 Exit codes: 0 the model is exported; 1 an error, which the last line names; 2 settings that contradict each other; 75 it

@@ -29,8 +29,10 @@ def environment_facts() -> dict[str, str]:
 
 def machine_name(device: torch.device) -> tuple[str, str]:
     """The name of this machine, and what computes in it."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return socket.gethostname(), name
+    if device.type == "cuda":
+        return socket.gethostname(), torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return socket.gethostname(), f"CPU, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def _commit() -> str:
