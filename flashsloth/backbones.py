@@ -33,6 +33,23 @@ def build_from_backbones(
         BackboneError: a backbone is of another kind, or weights are missing.
         ValueError: the parts do not fit; see `FlashSlothConfig.validate_architecture`.
     """
+    config = backbones_config(language, vision, processor, **overrides)
+    phi, loaded = PhiForCausalLM.from_pretrained(language, dtype=dtype, output_loading_info=True)
+    if loaded["missing_keys"]:
+        raise BackboneError(f"{language} lacks {_listed(loaded['missing_keys'])}")
+    model = FlashSlothForConditionalGeneration(config).to(dtype)
+    model.model.vision_tower.load_state_dict(_tower_weights(vision, dtype))
+    # Strict but for EmbQ, which a Phi does not have.
+    absent, unknown = model.model.language_model.load_state_dict(phi.model.state_dict(), strict=False)
+    absent = [name for name in absent if ".embedded_query." not in name]
+    if absent or unknown:
+        raise BackboneError(f"{language}: missing {_listed(absent)}, unknown {_listed(unknown)}")
+    model.lm_head.load_state_dict(phi.lm_head.state_dict())
+    return model
+
+
+def backbones_config(language: str, vision: str, processor: FlashSlothProcessor, **overrides: Any) -> FlashSlothConfig:
+    """The configuration of what `build_from_backbones` builds from the same arguments; it raises the same."""
     text_config = AutoConfig.from_pretrained(language)
     if text_config.model_type != "phi":
         raise BackboneError(f"{language} is a {text_config.model_type}, the language model of FlashSloth is a phi")
@@ -53,18 +70,7 @@ def build_from_backbones(
             f"{vision} gives {config.num_image_tokens} visual tokens an image, the processor expands the placeholder "
             f"to {processor.num_image_tokens}: set num_image_tokens of the processor"
         )
-    phi, loaded = PhiForCausalLM.from_pretrained(language, dtype=dtype, output_loading_info=True)
-    if loaded["missing_keys"]:
-        raise BackboneError(f"{language} lacks {_listed(loaded['missing_keys'])}")
-    model = FlashSlothForConditionalGeneration(config).to(dtype)
-    model.model.vision_tower.load_state_dict(_tower_weights(vision, dtype))
-    # Strict but for EmbQ, which a Phi does not have.
-    absent, unknown = model.model.language_model.load_state_dict(phi.model.state_dict(), strict=False)
-    absent = [name for name in absent if ".embedded_query." not in name]
-    if absent or unknown:
-        raise BackboneError(f"{language}: missing {_listed(absent)}, unknown {_listed(unknown)}")
-    model.lm_head.load_state_dict(phi.lm_head.state_dict())
-    return model
+    return config
 
 
 def load_vision_tower(path: str, dtype: torch.dtype = torch.float32) -> FlashSlothVisionTower:

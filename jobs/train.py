@@ -3,7 +3,9 @@
 The same command with the same `run.name` continues the run from its last checkpoint that verifies, on as many workers
 as there are now. What it leaves in `run.storage`/`run.name`: checkpoints, metrics.jsonl, tensorboard/, config.yaml,
 events/, report.html however it ends (`jobs/report.py` makes it at any time), and
-at the end the model in export/.
+at the end the model in export/; with `evaluation` also evaluations.jsonl, best.json and, where the best checkpoint is
+not the last one, its model in best/. With `--dry-run` it checks what can be checked without a cluster, and says what
+memory each ZeRO stage needs.
 
 Exit codes: 0 the model is exported; 1 an error, which the last line names; 2 settings that contradict each other; 75 it
 was stopped by SIGTERM with a checkpoint of its last step; 130 it was stopped by Ctrl-C, without one.
@@ -15,6 +17,7 @@ import sys
 
 from pipelines.ray_session import start_ray
 from pipelines.settings import load_settings
+from pipelines.training.forecast import forecast
 from pipelines.training.launch import (
     TrainingError,
     TrainingStopped,
@@ -34,6 +37,9 @@ def main(argv: list[str] | None = None) -> int:
     settings = resolve_settings(load_settings(TrainSettings, argv, prog="train.py"))
     try:
         check_inputs(settings)
+        if settings.dry_run:
+            print(f"{forecast(settings)}\ndry run: nothing is trained")
+            return 0
         start_ray(num_cpus=None)
         check_cluster(settings.scaling, settings.evaluation)
         exported = train(settings)

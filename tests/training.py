@@ -46,6 +46,7 @@ def recipe(prepared: Path, storage: Path | str, **changes: Any) -> TrainSettings
         "batch": {"global_size": 8, "micro_size": 2},
         "max_steps": NUM_STEPS,
         "precision": "fp32",
+        "deepspeed": {"stage": 2},
         "optim": {"lr": 3e-3, "weight_decay": 0.1, "warmup_ratio": 0.2},
         "scaling": {"num_workers": 2, "cpus_per_worker": 1, "gpus_per_worker": 0, "peak_tflops": 0.1},
         "run": {"name": "run", "storage": str(storage), "log_every": 1, "checkpoint_every": 2, "seed": 3},

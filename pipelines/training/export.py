@@ -112,16 +112,21 @@ def load_export(
             missing ones from random numbers and only warn.
     """
     folder = fetch_export(uri)
-    config = FlashSlothConfig.from_pretrained(folder)
-    config.tiling = tiling or config.tiling
     model, loading = FlashSlothForConditionalGeneration.from_pretrained(
-        folder, config=config, dtype=dtype, output_loading_info=True
+        folder, config=export_config(folder, tiling), dtype=dtype, output_loading_info=True
     )
     wrong = {kind: sorted(loading[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if any(wrong.values()):
         listed = "; ".join(f"{kind}: {', '.join(map(str, keys))}" for kind, keys in wrong.items() if keys)
         raise ExportError(f"{uri}: its weights do not fit its configuration: {listed}")
     return model
+
+
+def export_config(folder: Path, tiling: Literal["base", "hd"] | None = None) -> FlashSlothConfig:
+    """The configuration of a checkpoint, as `load_export` takes it."""
+    config = FlashSlothConfig.from_pretrained(folder)
+    config.tiling = tiling or config.tiling
+    return config
 
 
 def read_export_step(uri: str) -> int | None:

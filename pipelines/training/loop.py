@@ -11,19 +11,22 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from flashsloth import FlashSlothProcessor
+from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
+from flashsloth.backbones import BackboneError
 from flashsloth.image_processing_flashsloth import normalize_pixels
 from pipelines import storage
 from pipelines.feed import BatchLoader, Feed, MicroBatch, Mixture, Position, PreparedRows
 from pipelines.shards.manifest import Manifest
 from pipelines.training.checkpoint import CheckpointError, Progress, RunIdentity, restore
+from pipelines.training.compilation import compile_layers
 from pipelines.training.divergence import BadSteps, TrainingDiverged
 from pipelines.training.environment import environment_facts, machine_name
 from pipelines.training.events import EventLog, record
-from pipelines.training.export import consolidated, read_export_step, write_export
+from pipelines.training.export import ExportError, consolidated, read_export_step, write_export
 from pipelines.training.flops import FlopCounter, Peak, find_peak
 from pipelines.training.host import Host, Outcome, RayHost, Request
 from pipelines.training.lora import merge_adapters
+from pipelines.training.memory import MemoryPlanError, choose_stage, count_sizes, largest_work
 from pipelines.training.metrics import RunLog, StepMeter, read_metrics
 from pipelines.training.optimization import (
     build_optimizer,
@@ -36,7 +39,7 @@ from pipelines.training.process import prepare_process, seed_step
 from pipelines.training.ranks import Ranks
 from pipelines.training.saver import CheckpointSaver
 from pipelines.training.settings import RunSettings, TrainSettings
-from pipelines.training.start import build_learner, load_processor
+from pipelines.training.start import StartError, build_learner, load_processor
 from pipelines.training.state import StateError
 from pipelines.training.tracking import open_trackers
 from pipelines.training.watchdog import Watchdog
@@ -80,6 +83,10 @@ def train_worker(config: dict[str, Any]) -> None:
     run_worker(settings, device, RayHost(config["supervisor"], dist.get_rank()))
 
 
+HOPELESS = (BackboneError, ExportError, StartError, MemoryPlanError, CheckpointError, StateError, TrainingDiverged)
+"""The same on every rank, and no restart mends them."""
+
+
 def run_worker(settings: TrainSettings, device: torch.device, host: Host) -> None:
     """One rank's whole run, in a process group that exists: restore, train, export."""
     processor = load_processor(settings.model)
@@ -94,8 +101,8 @@ def run_worker(settings: TrainSettings, device: torch.device, host: Host) -> Non
         record(uri, "watchdog", "hung", message=verdict)
 
     with Watchdog(ranks, settings.run.hang_timeout_s, settings.run.start_timeout_s, tell) as watchdog:
-        run = WorkerRun(settings, processor, rows, device, host, ranks, watchdog, events)
         try:
+            run = WorkerRun(settings, processor, rows, device, host, ranks, watchdog, events)
             start = restore(run.engine, uri, run.identity, ranks)
             host.clean(uri, ranks)
             run.introduce(start.step)
@@ -103,7 +110,7 @@ def run_worker(settings: TrainSettings, device: torch.device, host: Host) -> Non
             run.export(nothing_new=start.step >= run.num_steps)
         except RunStopped as stop:
             host.end(Outcome(kind="stopped", message=str(stop)))
-        except (CheckpointError, StateError, TrainingDiverged) as error:  # the same on every rank
+        except HOPELESS as error:
             host.end(Outcome(kind="failed", message=str(error)))
         finally:
             if events:
@@ -128,7 +135,6 @@ class WorkerRun:
         watchdog: Watchdog,
         events: EventLog | None = None,
     ) -> None:
-        self.settings = settings
         self.processor = processor
         self.rows = rows
         self.device = device
@@ -149,13 +155,17 @@ class WorkerRun:
         self.num_steps = settings.max_steps or settings.epochs * self.feed.batches_per_epoch
         self.identity = run_identity(settings, [dataset.manifest for dataset in rows.datasets])
         model = build_learner(settings, processor)
+        self.settings = settings = self._planned(settings, model)
+        if settings.model.compile:
+            compile_layers(model)
         shape = model.config
         self.patch_shape = (shape.num_tiles, shape.num_patches, shape.vision_config.hidden_size)
         features = any(dataset.manifest.payload == "features" for dataset in rows.datasets)
         self.flops = FlopCounter(model.config, settings.train_parts, features, settings.lora)
         self.optimizer = build_optimizer(model, settings.optim)
         self.engine = _initialize(model, self.optimizer, settings, self.world_size)
-        self.bad_steps = BadSteps(settings.run.max_bad_steps if settings.deepspeed.stage else 1)
+        self.stage = self.engine.zero_optimization_stage()
+        self.bad_steps = BadSteps(settings.run.max_bad_steps if self.stage else 1)
         stated = settings.scaling.peak_tflops
         self.peak: Peak = find_peak(stated, device, torch.bfloat16 if settings.precision == "bf16" else torch.float32)
 
@@ -229,6 +239,16 @@ class WorkerRun:
             print(f"exported the model to {target}{how}", flush=True)
         self.ranks.barrier()
 
+    def _planned(self, settings: TrainSettings, model: FlashSlothForConditionalGeneration) -> TrainSettings:
+        """The settings with the ZeRO stage that they leave open, said aloud. Collective."""
+        gpu = torch.cuda.get_device_properties(self.device).total_memory if self.device.type == "cuda" else None
+        memories = [memory for memory in self.ranks.gather(gpu) if memory is not None]
+        work = largest_work(settings.batch, self.rows.num_tokens, self.rows.has_image)
+        smallest = min(memories, default=None)
+        plan = choose_stage(settings, model.config, count_sizes(model), work, self.world_size, smallest)
+        self.ranks.say(plan.reason)
+        return settings.model_copy(update={"deepspeed": settings.deepspeed.model_copy(update={"stage": plan.stage})})
+
     def _run_log(self, start_step: int) -> RunLog:
         uri = run_uri(self.settings.run)
         return RunLog(uri, self.num_steps, start_step, lambda folder: open_trackers(self.settings, uri, folder))
@@ -244,7 +264,7 @@ class WorkerRun:
 
     def _agree(self, step: int, rows: np.ndarray, saver: CheckpointSaver) -> Request:
         """One exchange per step, so that all ranks report, save, stop and fail at the same one."""
-        bad = not torch.isfinite(self.last_loss).item() if self.settings.deepspeed.stage == 0 else self._overflow()
+        bad = not torch.isfinite(self.last_loss).item() if self.stage == 0 else self._overflow()
         request, busy, any_bad = self.ranks.largest([self.host.request(), not saver.is_done, bad])
         if not busy:
             saver.settle()
@@ -273,7 +293,7 @@ class WorkerRun:
             self.engine.backward(1.0 * loss, scale_wrt_gas=False)
             losses.append(loss.detach())
             meter.add_micro_batch(micro)
-        self.grad_norm = self._own_norm() if self.settings.deepspeed.stage == 0 else None
+        self.grad_norm = self._own_norm() if self.stage == 0 else None
         self.engine.step()
         self.last_loss = torch.stack(losses).sum()
         meter.add_loss(self.last_loss)
@@ -297,13 +317,21 @@ class WorkerRun:
     def _may_skip_tower(self, micro: MicroBatch) -> bool:
         """Whether this micro-batch has no image, and the tower need not run on zeros in its place.
 
-        A tower that learns must: a parameter without a gradient keeps that of the step before (DeepSpeed 0.19.8, under
-        ZeRO-3 and with an offloaded optimizer). Under ZeRO-3 ranks meet in every module that runs, so there it runs
-        where others have images; all ranks know the global batch, so they agree without a word.
+        Where ranks meet in the tower, it runs where others have images: under ZeRO-3, which gathers its weights, and
+        for the sake of its gradients where it learns, which are added up in the order in which they come. All ranks
+        know the global batch, so they agree without a word. Global batches are of one modality but for the last ones
+        of an epoch, so almost every text-only micro-batch is in a batch without any image.
+
+        The one exception is a tower that learns under ZeRO-0, ZeRO-3 or with an offloaded optimizer: there a parameter
+        without a gradient keeps that of the step before, or is not updated (DeepSpeed 0.19.8), so the tower always
+        runs.
         """
-        if len(micro.inputs["pixel_values"]) or "vision_tower" in self.settings.train_parts:
+        if len(micro.inputs["pixel_values"]):
             return False
-        return self.settings.deepspeed.stage < 3 or not self.rows.has_image[micro.batch.rows].any()
+        nobody_has_one = not self.rows.has_image[micro.batch.rows].any()
+        if "vision_tower" not in self.settings.train_parts:
+            return self.stage < 3 or nobody_has_one
+        return nobody_has_one and self.stage in (1, 2) and self.settings.deepspeed.offload == "none"
 
     def loader(self, position: Position, num_batches: int) -> BatchLoader:
         """This rank's micro-batches of the next `num_batches` global batches."""

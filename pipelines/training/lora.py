@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import nn
 
+from flashsloth import FlashSlothForConditionalGeneration
 from pipelines.training.settings import LoraSettings
 
 _BASE = ".base_layer."
 _FACTORS = (".lora_A.default.", ".lora_B.default.")
 
 
-def add_adapters(model: nn.Module, lora: LoraSettings) -> None:
+def add_adapters(model: FlashSlothForConditionalGeneration, lora: LoraSettings) -> None:
     """Put adapters beside `lora.target_modules` of every decoder layer of `model`, in the type of its weights.
 
     They start as no change at all: B is zero. A is drawn from torch's generator, so every rank draws the same.

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, Field, PositiveInt, field_validator, model_validator
+from pydantic import AliasChoices, BeforeValidator, Field, PositiveInt, field_validator, model_validator
 
 from pipelines.feed.sharing import TokenBudget
 from pipelines.settings import JobSettings, Section
@@ -46,6 +46,9 @@ class ModelSettings(Section):
     """Recompute activations in the backward pass: of every second layer or of all. Less memory, up to a third more
     compute; a log line's MFU does not count it."""
 
+    compile: bool = False
+    """Compile layers with `torch.compile`, when they first run: minutes of start for faster steps. Not under ZeRO-3."""
+
     @model_validator(mode="after")
     def _one_start(self) -> ModelSettings:
         given = [name for name in ("checkpoint", "backbones", "preset") if getattr(self, name) is not None]
@@ -68,7 +71,7 @@ class LoraSettings(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Of an adapter's input. Drawn per rank: above 0, losses depend on the number of workers."""
     target_modules: Annotated[list[PhiModule], Field(min_length=1)] = Field(
-        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"]
+        default_factory=lambda: list(get_args(PhiModule))
     )
     """Matrices of each decoder layer that get an adapter; by default all of them."""
 
@@ -149,8 +152,9 @@ class OptimSettings(Section):
 class DeepSpeedSettings(Section):
     """How the state of a run is spread over its workers."""
 
-    stage: Annotated[int, Field(ge=0, le=3)] = 2
-    """ZeRO: 1 partitions optimizer states, 2 gradients too, 3 parameters too."""
+    stage: Annotated[int, Field(ge=0, le=3)] | None = None
+    """ZeRO: 1 partitions optimizer states, 2 gradients too, 3 parameters too. By default the lowest of them that fits
+    the GPUs by the arithmetic of `pipelines.training.memory`, which `--dry-run` shows; on CPUs 1."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """Keep in the host's memory: nothing, the optimizer's state (stages 1 to 3), or that and the weights (stage 3)."""
     options: dict[str, Any] = Field(default_factory=dict)
@@ -315,6 +319,8 @@ class TrainSettings(JobSettings):
     """Evaluation of the checkpoints; by default none."""
     run: RunSettings
     """Where the run keeps its things."""
+    dry_run: bool = Field(default=False, validation_alias=AliasChoices("dry_run", "dry-run"))
+    """Check everything that can be checked without a cluster, say what memory the run needs, and train nothing."""
     tracking: TrackingSettings = TrackingSettings()
     """Who else is told its figures."""
 
@@ -329,10 +335,15 @@ class TrainSettings(JobSettings):
                     f"(batch.micro_size {self.batch.micro_size} x scaling.num_workers {num_workers})"
                 )
         needed = {"none": 0, "optimizer": 1, "all": 3}[self.deepspeed.offload]
-        if self.deepspeed.stage < needed:
+        if self.deepspeed.stage is not None and self.deepspeed.stage < needed:
             raise ValueError(
                 f"deepspeed.offload {self.deepspeed.offload} needs deepspeed.stage {needed} at least, "
                 f"and it is {self.deepspeed.stage}"
+            )
+        if self.model.compile and 3 in (self.deepspeed.stage, needed):
+            raise ValueError(
+                "model.compile and ZeRO-3 exclude each other: it gathers weights module by module, inside of what "
+                "would be compiled. Use deepspeed.stage 1 or 2, without deepspeed.offload all"
             )
         if self.deepspeed.stage == 0 and self.precision == "bf16":
             raise ValueError("deepspeed.stage 0 keeps no fp32 weights beside bf16 ones: use stage 1, or precision fp32")

@@ -14,12 +14,12 @@ from flashsloth import (
     FlashSlothImageProcessor,
     FlashSlothProcessor,
 )
-from flashsloth.backbones import build_from_backbones
+from flashsloth.backbones import backbones_config, build_from_backbones
 from flashsloth.configuration_flashsloth import TILES
 from pipelines.encode import encoder_facts
 from pipelines.feed import BudgetError, TokenBudget
 from pipelines.shards.manifest import Manifest
-from pipelines.training.export import fetch_export, load_export
+from pipelines.training.export import export_config, fetch_export, load_export
 from pipelines.training.lora import add_adapters
 from pipelines.training.optimization import freeze
 from pipelines.training.process import seed_start
@@ -72,6 +72,9 @@ def build_model(
         built = FlashSlothForConditionalGeneration(_preset(model, processor)).to(dtype)
     if model.gradient_checkpointing != "off":
         built.activation_checkpointing_enable()
+        # It has made the embeddings of tokens and patches ask for gradients, for the sake of another kind of
+        # checkpointing: a frozen tower would go through a whole backward pass.
+        built.disable_input_require_grads()
     if model.gradient_checkpointing == "selective":
         stacks = (built.model.vision_tower.encoder.layers, built.model.language_model.layers)
         for layer in (layer for stack in stacks for layer in stack[1::2]):
@@ -84,6 +87,16 @@ def build_learner(settings: TrainSettings, processor: FlashSlothProcessor) -> Fl
     model = build_model(settings.model, processor, settings.precision, settings.run.seed)
     if settings.lora:
         add_adapters(model, settings.lora)
+    freeze(model, settings.train_parts)
+    return model
+
+
+def build_skeleton(settings: TrainSettings, processor: FlashSlothProcessor) -> FlashSlothForConditionalGeneration:
+    """What `build_learner` builds, without weights: names, shapes, and what learns."""
+    with torch.device("meta"):
+        model = FlashSlothForConditionalGeneration(_config(settings.model, processor))
+        if settings.lora:
+            add_adapters(model, settings.lora)
     freeze(model, settings.train_parts)
     return model
 
@@ -133,6 +146,14 @@ def check_encoder(model: ModelSettings, manifests: dict[str, Manifest]) -> None:
                 f"{folder} holds features of the tower {other}, this run starts with the tower {identity} ({tower}): "
                 "prepare the features with this tower, or start from a model that has theirs"
             )
+
+
+def _config(model: ModelSettings, processor: FlashSlothProcessor) -> FlashSlothConfig:
+    if model.checkpoint:
+        return export_config(fetch_export(model.checkpoint), model.tiling)
+    if model.backbones:
+        return backbones_config(model.backbones.language, model.backbones.vision, processor)
+    return _preset(model, processor)
 
 
 def _preset(model: ModelSettings, processor: FlashSlothProcessor) -> FlashSlothConfig:

@@ -29,7 +29,8 @@ def test_the_published_recipes_hold_the_published_numbers():
             0.03,
             0,
         )
-        assert (settings.epochs, settings.deepspeed.stage, settings.precision) == (1, 3, "bf16")
+        assert (settings.epochs, settings.precision) == (1, "bf16")
+        assert settings.deepspeed.stage is None  # what fits: test_training_memory
         assert settings.model.gradient_checkpointing == "full"
     assert align.train_parts == ["pooling", "projector"]
     assert set(hd.train_parts) - set(instruct.train_parts) == {"vision_tower"}

@@ -1,0 +1,21 @@
+"""`torch.compile` for the layers of a model, one by one: they are alike, so that few are compiled, and no name changes.
+
+What it gains: between the matrix products a Phi layer does its work element by element (`gelu_new` alone is eight
+passes over the widest tensor), and a compiled layer does it in one or two.
+
+Where a layer is recomputed in the backward pass, its attention and its MLP are compiled apart: checkpointing stays
+outside, as a function that the compiler would be given anew at every call. ZeRO-3 is refused by the settings: it
+gathers each module's weights when that module runs, which cuts a layer to pieces.
+"""
+
+from __future__ import annotations
+
+from flashsloth import FlashSlothForConditionalGeneration
+
+
+def compile_layers(model: FlashSlothForConditionalGeneration) -> None:
+    """Compile the layers of tower and language model when they first run; gradient checkpointing is set before."""
+    for stack in (model.model.vision_tower.encoder.layers, model.model.language_model.layers):
+        for layer in stack:
+            for module in (layer.self_attn, layer.mlp) if layer.gradient_checkpointing else (layer,):
+                module.compile()
