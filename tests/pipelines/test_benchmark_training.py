@@ -7,11 +7,15 @@ import pytest
 import torch
 
 from flashsloth.collation import collate
+from pipelines.benchmarks.bare_loop import bare_steps
 from pipelines.benchmarks.conversations import MAX_LENGTH, draw_shapes, sample_of, write_folder
 from pipelines.benchmarks.feeding import feed_alone, measure_padding
 from pipelines.benchmarks.published import published_parts, published_shares, zero_image_pass
-from pipelines.benchmarks.training import VARIANTS
+from pipelines.benchmarks.sizes import TRAIN_PARTS
+from pipelines.benchmarks.step import VARIANTS
 from pipelines.feed import PreparedRows, TokenBudget
+from tests.pipelines.test_training_variants import plain_losses
+from tests.training import recipe, write_data
 
 FEW = 12
 
@@ -106,3 +110,9 @@ def test_the_variants_go_from_published_to_ours_one_change_at_a_time():
         for before, after in zip(list(VARIANTS.values()), list(VARIANTS.values())[1:], strict=False)
     ]
     assert changed == [1, 1, 1, 1]
+
+
+def test_the_bare_loop_computes_what_a_run_does(tmp_path):
+    packed = {"batch__max_tokens": 400, "batch__pack_to": 200, "train_parts": TRAIN_PARTS}
+    settings = recipe(write_data(tmp_path), tmp_path, scaling__num_workers=1, **packed)
+    np.testing.assert_allclose(list(bare_steps(settings)), plain_losses(settings), rtol=1e-5)
