@@ -55,6 +55,10 @@ def test_the_tiny_recipes_train_on_two_cpus(name):
         ({"scaling": {"num_workers": [4, 12]}}, r"128 is not divisible by 192 .*16 x .*12"),
         ({"scaling": {"num_workers": [8, 4]}}, "smallest number 8 is above the largest 4"),
         ({"deepspeed": {"stage": 0}}, "stage 0 keeps no fp32 weights"),
+        (
+            {"model": {"checkpoint": "x", "compile": True}, "deepspeed": {"stage": 3}},
+            "model.compile and ZeRO-3 exclude each other.*Use deepspeed.stage 1 or 2",
+        ),
         ({"deepspeed": {"stage": 2, "offload": "all"}}, "offload all needs deepspeed.stage 3 at least, and it is 2"),
     ],
 )

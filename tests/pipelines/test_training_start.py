@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothImageProcessor, FlashSlothProcessor
 from pipelines.encode import encoder_facts
@@ -14,7 +16,8 @@ from pipelines.training.export import write_export
 from pipelines.training.settings import ModelSettings
 from pipelines.training.start import StartError, build_model, check_encoder, check_start, load_processor
 from tests.prepared import coloured_rows, write_prepared
-from tests.training import TINY, published_recipe
+from tests.training import TINY, published_recipe, recipe, write_data
+from tests.training_ranks import train_on
 
 
 @pytest.fixture
@@ -103,3 +106,21 @@ def test_features_of_another_tower_are_refused_naming_both(tmp_path, processor, 
     with pytest.raises(StartError, match="tower of preset tiny starts from random numbers"):
         check_encoder(ModelSettings(preset="tiny", processor="p"), prepared)
     check_encoder(ModelSettings(preset="tiny", processor="p"), {"p": prepared[str(tmp_path / "pixels")]})
+
+
+def test_zero_3_starts_from_no_checkpoint_with_missing_or_unknown_weights(tmp_path: Path) -> None:
+    prepared = write_data(tmp_path / "prepared")
+    settings = recipe(prepared, tmp_path, deepspeed__stage=3)
+    processor = load_processor(settings.model)
+    folder = tmp_path / "damaged"
+    build_model(settings.model, processor, "fp32", 0).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    missing = "model.projector.linear_1.weight"
+    renamed = {("model.projector.linear_9.weight" if name == missing else name): each for name, each in weights.items()}
+    save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+    settings = recipe(prepared, tmp_path, deepspeed__stage=3, model={"checkpoint": str(folder)})
+    said = train_on(2, settings, tmp_path / "logs")
+    assert said.count("failed: ") == 2, said
+    assert f"missing_keys: {missing}; unexpected_keys: model.projector.linear_9.weight" in said
+    assert not (tmp_path / "run" / "export").exists()
