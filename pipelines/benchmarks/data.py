@@ -30,7 +30,7 @@ from pipelines.benchmarks.settings import BenchmarkSettings
 from pipelines.benchmarks.table import Bound, Report, Table
 
 BARE, LOADER, LOCAL, S3 = "bare loop", "DataLoader", "prepare", "prepare to S3"
-_FEW, _WARM, _SHARING = 4, 500, 600  # rows
+_FEW, _WARM, _SHARING = 4, 1000, 600  # rows
 _REPEATS = 1.65  # rows to an image, as in mix665k
 
 Part = Literal["prepare", "sharing", "growth", "read"]

@@ -33,9 +33,8 @@ from pipelines.shards.schema import IMAGE_SCHEMA, QUARANTINE_SCHEMA, SAMPLE_SCHE
 from pipelines.shards.writer import write_shard
 
 _EXAMPLES = 12  # thumbnails in the data receipt, about
-# Two tasks to a CPU: what one leaves idle, the other uses. A task waits for the disk or the store when it writes, and
-# the next one for Ray Data: it looks every tenth of a second whether one has ended, and twice until it starts another.
-_CPUS_PER_TASK = 0.5
+# From so many chunks to a CPU on, two tasks share one; before, to start more workers would take longer than they save.
+_CHUNKS_TO_SHARE = 4
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ def run_chunks(
             )
             receipts = samples.map_batches(partial(write_chunk, work=work), **WHOLE_BLOCK)
         else:
-            receipts = chunks.map_batches(partial(make_and_write, work=work), num_cpus=_CPUS_PER_TASK, **WHOLE_BLOCK)
+            receipts = chunks.map_batches(partial(make_and_write, work=work), num_cpus=_cpus(len(items)), **WHOLE_BLOCK)
     return map(Receipt.model_validate_json, column(receipts, "receipt"))
 
 
@@ -173,6 +172,15 @@ def _maker(work: Work) -> SampleMaker:
         store = ImageStore(work.output) if work.terms.share_images else None
         _MAKERS[key] = SampleMaker(work.terms, work.files, ray.get(work.processor), work.example_every, store)
     return _MAKERS[key]
+
+
+def _cpus(num_chunks: int) -> float:
+    """CPUs of a task that makes and writes one of so many chunks.
+
+    With two tasks to a CPU, one uses what the other leaves idle: it waits for the disk or the store when it writes, and
+    the next one for Ray Data, which looks every tenth of a second whether a task has ended.
+    """
+    return 0.5 if num_chunks > _CHUNKS_TO_SHARE * ray.cluster_resources().get("CPU", 1) else 1
 
 
 def _actors(encoder: EncoderSettings) -> dict[str, Any]:
