@@ -1,6 +1,6 @@
 """The whole road on one machine: a corpus in, answers over HTTP out, and a report. `make quickstart` runs this.
 
-    python jobs/quickstart.py                                  # ten to sixteen minutes on two CPU cores
+    python jobs/quickstart.py                                  # about twelve minutes on two CPU cores
     python jobs/quickstart.py --scenes 200 --align.max_steps 4 --instruct.max_steps 4    # does every step work?
 
 It runs the jobs as anyone would, with recipes and flags, and prints each command. Run again, it skips what is finished
