@@ -14,11 +14,12 @@ from flashsloth.image_processing_flashsloth import normalize_pixels
 from pipelines.feed import BatchLoader, Feed, Position, PreparedRows
 from pipelines.training.host import Host
 from pipelines.training.loop import WorkerRun, grouped_by_step
+from pipelines.training.memory import Sizes, Work, estimate
 from pipelines.training.metrics import StepMeter
 from pipelines.training.optimization import build_optimizer, freeze, schedule_factor, set_learning_rates
 from pipelines.training.process import prepare_process
 from pipelines.training.ranks import Ranks
-from pipelines.training.settings import TrainSettings
+from pipelines.training.settings import DeepSpeedSettings, TrainSettings
 from pipelines.training.start import build_model, load_processor
 from pipelines.training.watchdog import Watchdog
 from tests.ranks import run_ranks
@@ -72,9 +73,30 @@ def measure_variants(rank: int, dumped: dict[str, Any], variants: list[tuple[Any
                 run.step(step, micro_batches, meter)
                 meter.add_step(micro_batches[-1].batch)
                 measured.append(meter.read(loader.waited_s, 0.0, None)["loss"])
+        _check_optimizer_bytes(run)
         found[f"{stage} {precision} {micro} {checkpointing} {offload}"] = measured
     if rank == 0:
         Path(answer).write_text(json.dumps(found))
+
+
+def _check_optimizer_bytes(run: WorkerRun) -> None:
+    """DeepSpeed holds what the arithmetic of memory says, but for the padding of a tiny model."""
+    zero = run.engine.optimizer
+    names = {
+        1: "single_partition_of_fp32_groups",
+        2: "single_partition_of_fp32_groups",
+        3: "fp32_partitioned_groups_flat",
+    }
+    masters = list(getattr(zero, names[run.stage])) if run.stage else []
+    states = (zero.optimizer if run.stage else zero).state
+    moments = [each for state in states.values() for each in state.values()]
+    held = sum(each.nbytes for each in masters + moments)
+    # Without offload, which keeps the same bytes elsewhere.
+    settings = run.settings.model_copy(update={"deepspeed": DeepSpeedSettings(stage=run.stage)})
+    model = run.engine.module
+    learning = sum(getattr(each, "ds_numel", each.numel()) for each in model.parameters() if each.requires_grad)
+    need = estimate(settings, model.config, Sizes(learning, learning), Work(1, 1), run.stage, run.world_size)
+    np.testing.assert_allclose(held, need.optimizer, rtol=0.01, err_msg=f"ZeRO-{run.stage}, {run.world_size} workers")
 
 
 VARIANTS = {
