@@ -1,8 +1,9 @@
 """What Ray Train and DeepSpeed cost: one worker of a real run against a bare loop of torch, taking turns.
 
 The run is what `jobs/train.py` starts: Ray Train's controller, a worker with watchdog, supervisor, log and feed, and
-ZeRO-2. At the end of every few steps its worker stops, and the bare loop, a process beside it, does the same steps on
-the same batches. Start-up, checkpoints and export lie outside of what is timed; Ray's own processes run beside both.
+ZeRO at the stage that a run takes by default. At the end of every few steps its worker stops, and the bare loop, a
+process beside it, does the same steps on the same batches. Start-up, checkpoints and export lie outside of what is
+timed; Ray's own processes run beside both.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def measure_overhead(
         columns=["model", "bare, ms a step", "ours, ms a step", "more", "more CPU time"],
         rows=cells,
         notes=[
-            f"{rows_per_step} rows a step, packed; fp32, ZeRO-2, one thread; {rounds} turns of {turns_of} "
+            f"{rows_per_step} rows a step, packed; fp32, default ZeRO, one thread; {rounds} turns of {turns_of} "
             "each, start-up excluded. Same batches, model, clipping and AdamW; Ray's own processes run beside both.",
         ],
     )
