@@ -29,7 +29,8 @@ from pipelines.benchmarks.rounds import Figures, Rounds, take_turns
 from pipelines.benchmarks.settings import BenchmarkSettings
 from pipelines.benchmarks.table import Bound, Report, Table
 
-BARE, LOADER, LOCAL, S3 = "bare loop", "DataLoader", "prepare", "prepare to S3"
+BARE, LOOPS, LOADER = "bare loop", "bare loop on each core", "DataLoader"
+LOCAL, S3 = "prepare", "prepare to S3"
 _FEW, _WARM, _SHARING = 4, 1000, 600  # rows
 _REPEATS = 1.65  # rows to an image, as in mix665k
 
@@ -98,10 +99,12 @@ class _Bench:
         rows, cores = self.rows(self.settings.photos), num_cores()
         photos = Photos(self.corpus, rows)
         ours = {name: PrepareContestant(self.corpus, rows, self.few, place) for name, place in self.places.items()}
+        loops = LoaderContestant(photos, cores, hands_over=False)
         loader = LoaderContestant(photos, cores)
         for contestant in ours.values():
             contestant.warm_up(self.warm)
-        contestants: dict[str, Callable[[], Figures]] = {BARE: partial(bare_loop, photos), LOADER: loader, **ours}
+        contestants: dict[str, Callable[[], Figures]] = {BARE: partial(bare_loop, photos), LOOPS: loops, LOADER: loader}
+        contestants |= ours
         rounds = take_turns(contestants, self.settings.rounds, _say)
         again = {name: contestant.again() for name, contestant in ours.items()}
         for contestant in ours.values():

@@ -1,6 +1,6 @@
-"""Images -> pixels and tokens in three ways: a bare loop, a PyTorch DataLoader, and the preparation of this project.
+"""Images -> pixels and tokens: by a bare loop, one such loop per core, a PyTorch DataLoader, and our preparation.
 
-All three run the same functions on the same files. The bare loop is one process that does nothing else: it neither
+All run the same functions on the same files. The bare loop is one process that does nothing else: it neither
 writes nor hashes, and neither does the DataLoader. Nobody's start-up is counted: processes and their imports are up
 before, and of a preparation the time of another one of a handful of rows is taken off, in the same round.
 """
@@ -14,6 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,16 +67,24 @@ def bare_loop(photos: Photos) -> Figures:
 
 
 class LoaderContestant:
-    """PyTorch's DataLoader: batches of tensors in shared memory, by workers that live from round to round."""
+    """PyTorch's DataLoader: batches of tensors in shared memory, by workers that live from round to round.
 
-    def __init__(self, photos: Photos, num_workers: int) -> None:
+    Args:
+        photos: the rows.
+        num_workers: its processes.
+        hands_over: False: its workers throw away what they have made and hand over a number in its place, so that they
+            are bare loops beside each other: what the cores of this machine do together.
+    """
+
+    def __init__(self, photos: Photos, num_workers: int, hands_over: bool = True) -> None:
         self._num_rows = len(photos)
+        pad = photos.processor.pad_token_id
         self._loader = DataLoader(
             photos,
             batch_size=_BATCH,
             num_workers=num_workers,
             persistent_workers=True,
-            collate_fn=lambda samples: collate(samples, photos.processor.pad_token_id),
+            collate_fn=partial(collate, pad_token_id=pad) if hands_over else len,
         )
         next(iter(self._loader))
 
