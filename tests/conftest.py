@@ -1,6 +1,11 @@
 """Fixtures shared by all rooms, one file per thing that is started or built."""
 
+import os
 import signal
+
+# Before anything imports torch: `make test` runs two processes on two cores, each with jobs of its own, and four busy
+# threads of tiny matrices on two cores wait for each other more than they compute.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 pytest_plugins = [
     "tests.fixtures.ray_session",
