@@ -28,7 +28,7 @@ _ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_TH
 @functools.cache
 def _build_operator() -> None:
     """Compile what DeepSpeed needs before any deadline runs: it takes a minute, once per environment."""
-    code = "from pipelines.training.process import build_cpu_operator; build_cpu_operator()"
+    code = "from pipelines.training.compiler import build_cpu_operator; build_cpu_operator()"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=280, env=os.environ | _ENVIRONMENT)
 
 

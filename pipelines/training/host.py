@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import threading
 import time
 from enum import IntEnum
-from typing import Any, Literal
+from typing import Any
 
 import ray
 import ray.train
-from pydantic import BaseModel
 from ray.actor import ActorHandle
 from ray.train import Checkpoint, CheckpointUploadMode
 from ray.train.v2._internal.execution.context import get_train_context
@@ -19,10 +16,8 @@ from ray.train.v2.api.preemption import PreemptionInfo
 
 from pipelines.training.checkpoint import remove_remains
 from pipelines.training.ranks import Ranks
+from pipelines.training.supervisor import Outcome
 
-_BEAT_S = 2.0
-_SAVE_S = 0.5
-"""How long a question after the next checkpoint waits for it."""
 _NODE_DIGITS = 8
 """Of a node's id, as people are shown it."""
 
@@ -35,13 +30,6 @@ class Request(IntEnum):
     """Save now and go on: a machine of this run is about to be taken away."""
     STOP = 2
     """Save now and end: the job is being stopped."""
-
-
-class Outcome(BaseModel):
-    """How the workers ended, where restarting them is no use."""
-
-    kind: Literal["stopped", "failed"]
-    message: str
 
 
 class Host:
@@ -60,77 +48,6 @@ class Host:
     def end(self, outcome: Outcome) -> None:
         """The workers end now, for a reason that a restart would not mend."""
         raise SystemExit(outcome.message)
-
-
-class Supervisor:
-    """An actor beside the driver: takes its word to the workers, and theirs to it."""
-
-    def __init__(self) -> None:
-        self._stop = asyncio.Event()
-        self._outcome: Outcome | None = None
-        self._last_beat = time.monotonic()
-        self._saves = 0
-        self._saved = asyncio.Condition()
-        self._places: dict[int, str] = {}
-        self._news: list[str] = []
-        self._told: set[str] = set()
-
-    async def settle(self, rank: int, place: str) -> None:
-        """A rank says where it runs."""
-        self._places[rank] = place
-
-    async def places(self) -> dict[int, str]:
-        """Rank -> where it runs, or last ran."""
-        return self._places
-
-    async def tell(self, line: str) -> None:
-        """Something that whoever watches the run should read, once."""
-        if line not in self._told:
-            self._told.add(line)
-            self._news.append(line)
-
-    async def news(self) -> list[str]:
-        """What has been told since the last call."""
-        news, self._news = self._news, []
-        return news
-
-    async def stop(self) -> None:
-        """Ask the workers to save and end."""
-        self._stop.set()
-
-    async def stop_asked(self) -> bool:
-        """Whether they have been asked to; waits a moment for it. Counts as a sign of life."""
-        self._last_beat = time.monotonic()
-        try:
-            await asyncio.wait_for(self._stop.wait(), _BEAT_S)
-        except TimeoutError:
-            return False
-        return True
-
-    async def quiet_for(self) -> float:
-        """Seconds since a worker last gave a sign of life, or since the start."""
-        return time.monotonic() - self._last_beat
-
-    async def saved(self) -> None:
-        """A checkpoint is complete."""
-        async with self._saved:
-            self._saves += 1
-            self._saved.notify_all()
-
-    async def saves_after(self, count: int) -> int:
-        """How many checkpoints there have been; waits a moment for one after the `count`-th."""
-        async with self._saved:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._saved.wait_for(lambda: self._saves != count), _SAVE_S)
-        return self._saves
-
-    async def end(self, outcome: dict[str, Any]) -> None:
-        """Keep how the workers ended."""
-        self._outcome = Outcome.model_validate(outcome)
-
-    async def outcome(self) -> dict[str, Any] | None:
-        """How the workers ended."""
-        return self._outcome.model_dump() if self._outcome else None
 
 
 class RayHost(Host):

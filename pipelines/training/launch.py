@@ -19,19 +19,20 @@ from pipelines import storage
 from pipelines.settings import dump_settings
 from pipelines.shards.manifest import Manifest
 from pipelines.training.checkpoint import refuse_changed_run
+from pipelines.training.compiler import require_compiler
 from pipelines.training.console import show_worker_lines_only
 from pipelines.training.evaluator import check_split
-from pipelines.training.host import Supervisor
 from pipelines.training.keeper import CheckpointKeeper
 from pipelines.training.lookout import Lookout, drop_record
 from pipelines.training.loop import export_uri, run_identity, run_uri, train_worker
 from pipelines.training.lost_ranks import TellLostRanks
-from pipelines.training.process import require_compiler, worker_environment
+from pipelines.training.process import worker_environment
 from pipelines.training.recording import recorded
 from pipelines.training.remote_evaluator import RemoteEvaluator
 from pipelines.training.scores import Measure
 from pipelines.training.settings import EvaluationSettings, ScalingSettings, TrainSettings
 from pipelines.training.start import check_encoder, check_start, load_processor
+from pipelines.training.supervisor import Supervisor
 from pipelines.training.tracking import check_tracking
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from pipelines.training import process
+from pipelines.training import compiler, process
 from pipelines.training.optimization import (
     build_optimizer,
     deepspeed_config,
@@ -114,10 +114,10 @@ def test_deepspeeds_configuration_follows_the_recipe_and_takes_options():
 
 
 def test_missing_tools_are_named_with_what_to_install(monkeypatch):
-    process.require_compiler()
+    compiler.require_compiler()
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(process.CompilerError, match=r"no-such-compiler; .*apt-get install g\+\+"):
-        process.require_compiler()
+    with pytest.raises(compiler.CompilerError, match=r"no-such-compiler; .*apt-get install g\+\+"):
+        compiler.require_compiler()
 
 
 def test_dropout_is_a_function_of_seed_step_and_rank():
