@@ -3,7 +3,8 @@
     python jobs/quickstart.py                                  # about twelve minutes on two CPU cores
     python jobs/quickstart.py --scenes 200 --align.max_steps 4 --instruct.max_steps 4    # does every step work?
 
-It runs the jobs as anyone would, with recipes and flags, and prints each command. Run again, it skips what is finished
+It runs the jobs as anyone would, with recipes and flags, and prints each command; they share one Ray cluster, which
+would otherwise start and end with each of them. Run again, it skips what is finished
 and continues what was cut off; a change of the code, a recipe or a setting starts the steps that it touches anew.
 """
 
@@ -18,6 +19,7 @@ from openai import OpenAI, OpenAIError
 from pydantic import NonNegativeInt, PositiveInt
 
 from flashsloth import FlashSlothImageProcessor, FlashSlothProcessor
+from pipelines.ray_session import one_cluster_for_jobs
 from pipelines.report.contents import Goal, Picture, Report, Step, TypeScore, score_replies
 from pipelines.report.interview import converse, free_port, wait_until_healthy
 from pipelines.report.page import write_report
@@ -25,6 +27,7 @@ from pipelines.report.sources import data_facts, pictures_of, replies_of, stage_
 from pipelines.report.templates import duration
 from pipelines.scenes.corpus import DrawnCorpus, corpus_texts, draw_corpus
 from pipelines.scenes.tokenizer import train_tokenizer
+from pipelines.serving.transport import set_environment
 from pipelines.settings import JobSettings, Section, dump_settings, load_settings
 from pipelines.steps import (
     StepFailed,
@@ -107,13 +110,15 @@ class Quickstart:
     def run(self) -> int:
         """From nothing to the report."""
         corpus = self.draw()
-        for name, layout in (("captions", "caption"), ("instruct", "chat"), ("heldout", "chat")):
-            self.prepare(name, layout)
-        self.align()
-        self.tune()
-        self.evaluate("pictures")
-        self.evaluate("blank", "--blank_images")
-        served = self.steps.always("serve and ask", readable(self.serve_command(8000)), lambda: self.ask(corpus))
+        set_environment()
+        with one_cluster_for_jobs():
+            for name, layout in (("captions", "caption"), ("instruct", "chat"), ("heldout", "chat")):
+                self.prepare(name, layout)
+            self.align()
+            self.tune()
+            self.evaluate("pictures")
+            self.evaluate("blank", "--blank_images")
+            served = self.steps.always("serve and ask", readable(self.serve_command(8000)), lambda: self.ask(corpus))
         report = self.report(corpus, served)
         print(summary(report, self.out / "report.html"))
         return 0 if all(goal.is_met for goal in report.goals) else 1

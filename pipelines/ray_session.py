@@ -11,6 +11,8 @@ import logging
 import os
 import secrets
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import ray
 
@@ -32,6 +34,25 @@ def start_ray(num_cpus: int | None = None) -> None:
         _join(address)
     else:
         _start_local(num_cpus)
+
+
+@contextmanager
+def one_cluster_for_jobs() -> Iterator[None]:
+    """What `start_ray` connects to is, within the block, also where every job goes that this process starts.
+
+    Raises:
+        ConnectionError: As `start_ray`.
+    """
+    start_ray()
+    before = os.environ.get("RAY_ADDRESS")
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    try:
+        yield
+    finally:
+        os.environ.pop("RAY_ADDRESS")
+        if before is not None:
+            os.environ["RAY_ADDRESS"] = before
+        ray.shutdown()
 
 
 def _join(address: str) -> None:

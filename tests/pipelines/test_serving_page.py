@@ -194,7 +194,10 @@ def test_pictures_are_dropped_and_each_has_its_own_conversation(site: Site, open
     expect(page.locator(".turn")).to_have_count(2)
 
 
-def test_the_answer_streams_and_can_be_stopped(site: Site, open_page: Any) -> None:
+def test_the_answer_streams_and_can_be_stopped(site: Site, open_page: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = site.backend.engine._batch
+    step, steps = batch.step, threading.Semaphore(40)  # it makes as many tokens as it is allowed here, and waits
+    monkeypatch.setattr(batch, "step", lambda: steps.acquire() and step())
     site.service.adopt(Policy(limits=Limits(default_max_tokens=900)))
     page = open_page(site)
     expect(page.locator("#model")).to_have_text("tiny")
@@ -202,9 +205,11 @@ def test_the_answer_streams_and_can_be_stopped(site: Site, open_page: Any) -> No
     answer = page.locator(".assistant")
     expect(answer).to_have_text(re.compile(".{20,}", re.DOTALL), timeout=PATIENCE_MS)
     before = len(answer.text_content())
+    steps.release(40)
     expect(answer).to_have_text(re.compile(f".{{{before + 1},}}", re.DOTALL), timeout=PATIENCE_MS)
     page.keyboard.press("Escape")
     expect(page.locator(".wrong")).to_have_text("stopped")
+    steps.release(900)
     deadline = time.monotonic() + 30
     while site.backend.engine.stats().running:
         assert time.monotonic() < deadline, "the slot is not freed"
