@@ -196,8 +196,8 @@ def test_pictures_are_dropped_and_each_has_its_own_conversation(site: Site, open
 
 def test_the_answer_streams_and_can_be_stopped(site: Site, open_page: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = site.backend.engine._batch
-    step, steps = batch.step, threading.Semaphore(40)  # it makes as many tokens as it is allowed here, and waits
-    monkeypatch.setattr(batch, "step", lambda: steps.acquire() and step())
+    step, steps = batch.step, threading.Semaphore(400)  # it makes as many tokens as it is allowed here, and waits
+    monkeypatch.setattr(batch, "step", lambda: steps.acquire(timeout=PATIENCE_MS / 1000) and step())
     site.service.adopt(Policy(limits=Limits(default_max_tokens=900)))
     page = open_page(site)
     expect(page.locator("#model")).to_have_text("tiny")
@@ -205,7 +205,7 @@ def test_the_answer_streams_and_can_be_stopped(site: Site, open_page: Any, monke
     answer = page.locator(".assistant")
     expect(answer).to_have_text(re.compile(".{20,}", re.DOTALL), timeout=PATIENCE_MS)
     before = len(answer.text_content())
-    steps.release(40)
+    steps.release(400)
     expect(answer).to_have_text(re.compile(f".{{{before + 1},}}", re.DOTALL), timeout=PATIENCE_MS)
     page.keyboard.press("Escape")
     expect(page.locator(".wrong")).to_have_text("stopped")
