@@ -11,8 +11,9 @@ from transformers import AutoConfig, PhiForCausalLM, SiglipVisionModel
 from transformers.utils import cached_file
 
 from .configuration_flashsloth import FlashSlothConfig
-from .modeling_flashsloth import FlashSlothForConditionalGeneration, FlashSlothVisionTower
+from .modeling_flashsloth import FlashSlothForConditionalGeneration
 from .processing_flashsloth import FlashSlothProcessor
+from .vision import FlashSlothVisionTower
 
 TOWER_PREFIX = "model.vision_tower."
 

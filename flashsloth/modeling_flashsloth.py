@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel, SiglipVisionConfig, SiglipVisionModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
@@ -26,6 +26,7 @@ from .embedded_query import QueryPlan
 from .language_model import FlashSlothTextModel
 from .placeholders import check_images, count_turns, number_samples, plan_queries
 from .pooling import SpatialAttentionPooling
+from .vision import FlashSlothProjector, FlashSlothVisionTower
 
 # The parts that recipes train, freeze or give a learning rate of their own, and what marks the names of their
 # parameters. The first match counts: the embedded query module lives inside the language model.
@@ -53,7 +54,7 @@ class FlashSlothOutput(ModelOutput):
 
     Attributes:
         loss: float[], mean over the loss tokens (or their sum over `num_items_in_batch`), where labels were given.
-        logits: float[B, S, vocabulary] of the head, absent from `FlashSlothModel`.
+        logits: float[B, S, vocabulary] of the head. Absent from `FlashSlothModel`, and in training with labels.
         last_hidden_state: float[B, S, D].
         image_hidden_states: float[N, T * R, D], the visual tokens that entered the sequence.
     """
@@ -65,29 +66,6 @@ class FlashSlothOutput(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: torch.Tensor | None = None
-
-
-class FlashSlothVisionTower(SiglipVisionModel):
-    """SigLIP read before its last norm: what comes out is the output of the last layer that runs."""
-
-    def __init__(self, config: SiglipVisionConfig):
-        super().__init__(config)
-        # Never applied in FlashSloth; kept as a parameter it would be reported missing and starve data parallelism.
-        self.post_layernorm = nn.Identity()
-
-
-class FlashSlothProjector(nn.Module):
-    """The released `mlp2x_gelu`: from vision width to text width."""
-
-    def __init__(self, config: FlashSlothConfig):
-        super().__init__()
-        self.linear_1 = nn.Linear(config.vision_config.hidden_size, config.text_config.hidden_size)
-        self.act = nn.GELU()
-        self.linear_2 = nn.Linear(config.text_config.hidden_size, config.text_config.hidden_size)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """float[N, R, V] to float[N, R, D]."""
-        return self.linear_2(self.act(self.linear_1(tokens)))
 
 
 class FlashSlothPreTrainedModel(PreTrainedModel):
@@ -187,10 +165,11 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
         absent = images.shape[0] == 0
         if absent and not self.training:
             return None, False
-        if absent:
-            # Every rank must run the same modules, or ranks with images wait for this one for ever.
-            images = images.new_zeros((1, *images.shape[1:]))
+        # Without an image too every rank must run the same modules, or ranks with images wait for this one for ever.
         features = self.get_patch_features(images) if pixel_values is not None else images
+        if absent:
+            # One image of zeros for the small parts. Of the tower it holds an empty sum: its gradients are zeros.
+            features = features.new_zeros((1, *features.shape[1:])) + features.sum()
         return self._project(features), absent
 
     def embed(
@@ -258,6 +237,7 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
+            sample_ids=sample_ids,
             query_plan=plan,
             patches=None if image is None else image.last_hidden_state,
             **kwargs,
@@ -323,11 +303,12 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, GenerationMi
         Args:
             input_ids: int64[B, S], placeholders expanded: `num_image_tokens` an image, `num_query_tokens` a turn.
             attention_mask: int64[B, S], 0 at padding on either side.
-            labels: int64[B, S], -100 where there is no loss.
+            labels: int64[B, S], -100 where there is no loss. In training the head then runs only where there is one,
+                and no logits are returned.
             question_ids: int64[B, S], k at the question and query tokens of turn k, else 0. Needed with images.
             pixel_values: float[N, T, 3, H, W] or, untiled, float[N, 3, H, W]: one entry an image, in order of
-                appearance, row by row. In training, N = 0 says "no image in this micro-batch": the image parts then
-                run once on zeros without effect, so that ranks of one job stay in step.
+                appearance, row by row. In training, N = 0 says "no image in this micro-batch": the tower then runs on
+                nothing and the small image parts once on zeros, without effect, so that ranks of one job stay in step.
             patch_features: float[N, T, P, V], what the tower makes of `pixel_values`, instead of them.
             position_ids: int64[B, S]. Without `attention_mask`, a row may hold several packed samples, each counted
                 from 0: they attend to themselves alone, and their questions and images stay apart.
@@ -353,13 +334,18 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, GenerationMi
             mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+        hidden_states, vocab_size = outputs.last_hidden_state, self.config.text_config.vocab_size
+        if labels is not None and self.training:
+            foreseen = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)  # what each position shall foresee
+            learned = foreseen != -100
+            logits = self.lm_head(hidden_states[learned])
+            outputs.loss = self.loss_function(
+                logits=logits, labels=None, shift_labels=foreseen[learned], vocab_size=vocab_size, **kwargs
             )
-        outputs.loss, outputs.logits = loss, logits
+            return outputs
+        outputs.logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
+        if labels is not None:
+            outputs.loss = self.loss_function(logits=outputs.logits, labels=labels, vocab_size=vocab_size, **kwargs)
         return outputs
 
     def prepare_inputs_for_generation(

@@ -204,22 +204,6 @@ def give_up_early_on_s3(rank: int) -> None:
     storage._S3_OPTIONS["config_kwargs"]["retries"]["total_max_attempts"] = 1
 
 
-def count_tower_forwards(rank: int) -> None:
-    """Print, for every micro-batch, its images and how often the tower ran."""
-    run = WorkerRun.step
-
-    def counting(self: WorkerRun, number: int, micro_batches: Any, *rest: Any) -> None:
-        calls: list[int] = []
-        tower = self.engine.module.model.vision_tower
-        handle = tower.register_forward_hook(lambda *_: calls.append(1))
-        run(self, number, micro_batches, *rest)
-        handle.remove()
-        images = [len(micro.inputs["pixel_values"]) for micro in micro_batches]
-        print(f"step {number + 1} rank {rank}: images {images}, tower ran {len(calls)} times", flush=True)
-
-    WorkerRun.step = counting  # type: ignore[method-assign]
-
-
 def _before_method(owner: type, name: str, when: Callable[..., bool], then: Callable[[], None] = die) -> None:
     method = getattr(owner, name)
 

@@ -91,20 +91,13 @@ def bare_steps(settings: TrainSettings) -> Iterator[float]:
                 step, loss = step + 1, 0.0
 
 
-def model_ready(model: FlashSlothForConditionalGeneration, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A micro-batch as a run hands it to the model: pixels normalised, and no work for the tower without an image."""
-    ready = dict(inputs)
-    pixels = ready.pop("pixel_values")
-    if len(pixels):
-        return ready | {"pixel_values": normalize_pixels(pixels)}
-    shape = model.config
-    patches = torch.zeros(0, shape.num_tiles, shape.num_patches, shape.vision_config.hidden_size)
-    return ready | {"patch_features": patches}
+def model_ready(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A micro-batch as a run hands it to the model: pixels normalised."""
+    return inputs | {"pixel_values": normalize_pixels(inputs["pixel_values"])}
 
 
 def _backward(model: FlashSlothForConditionalGeneration, micro: MicroBatch) -> float:
-    inputs = model_ready(model, micro.inputs)
-    loss = model(**inputs, num_items_in_batch=micro.loss_tokens, use_cache=False).loss
+    loss = model(**model_ready(micro.inputs), num_items_in_batch=micro.loss_tokens, use_cache=False).loss
     loss.backward()
     return loss.item()
 

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import PhiModel
+from transformers.activations import ACT2FN
 
 from flashsloth import FlashSlothForConditionalGeneration
 from flashsloth.embedded_query import EmbeddedQuery, QueryAttention, QueryPlan
@@ -64,11 +66,30 @@ def _attend(module: QueryAttention, query: torch.Tensor, key: torch.Tensor, valu
 
 @contextmanager
 def published_parts(
-    model: FlashSlothForConditionalGeneration, pooling: bool, queries: bool
+    model: FlashSlothForConditionalGeneration,
+    pooling: bool,
+    queries: bool,
+    activation: bool = False,
+    attention: bool = False,
 ) -> Iterator[FlashSlothForConditionalGeneration]:
-    """`model` with pooling and embedded query module computed as published, inside the `with`."""
-    layer = model.model.language_model.layers[model.config.query_layer]
+    """`model` with some parts computed as published, inside the `with`.
+
+    Args:
+        model: changed for that while.
+        pooling: spatial attention pooling in a loop.
+        queries: the embedded query module in a loop.
+        activation: Phi's, as transformers spells it out.
+        attention: transformers' own over whole rows, with a mask for padding and for packed samples.
+    """
+    language_model = model.model.language_model
+    layer = language_model.layers[model.config.query_layer]
     changed: list[nn.Module] = []
+    own_attention = language_model.config._attn_implementation
+    own_activations = [each.mlp.activation_fn for each in language_model.layers]
+    if attention:
+        language_model.config._attn_implementation = "sdpa"
+    if activation:
+        _activate(language_model, [ACT2FN[language_model.config.hidden_act] for _ in own_activations])
     if pooling:
         module = model.model.pooling
         module.__dict__["forward"] = lambda patches: loop_pooling(module, patches)
@@ -82,6 +103,13 @@ def published_parts(
     finally:
         for each in changed:
             del each.__dict__["forward"]  # the method of the class shows again
+        language_model.config._attn_implementation = own_attention
+        _activate(language_model, own_activations)
+
+
+def _activate(language_model: PhiModel, activations: list[nn.Module]) -> None:
+    for layer, activation in zip(language_model.layers, activations, strict=True):
+        layer.mlp.activation_fn = activation
 
 
 def zero_image_pass(model: FlashSlothForConditionalGeneration, pixels: torch.Tensor, count: int) -> torch.Tensor:

@@ -52,6 +52,8 @@ class RunIdentity(_Strict):
     train_parts: list[str]
     lora: dict[str, Any] | None = None
     precision: str
+    start: dict[str, str]
+    """What the run began with, by content: see `pipelines.training.start.start_identity`."""
 
 
 class FileEntry(_Strict):

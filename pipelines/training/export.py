@@ -137,6 +137,23 @@ def read_export_step(uri: str) -> int | None:
         return None
 
 
+def weights_identity(uri: str) -> str:
+    """What tells the model in a folder or at a URI from all others: 64 hexadecimal digits of weights and configuration.
+
+    Of an export its manifest knows them; those of another folder, which may hold any model, are hashed.
+    """
+    try:
+        files = ExportManifest.model_validate_json(storage.read_bytes(storage.join(uri, MANIFEST_NAME))).files
+    except FileNotFoundError:
+        files = {path.name: _sha256(path) for path in Path(uri).iterdir() if _is_weights(path.name)}
+    kept = sorted((name, digest) for name, digest in files.items() if _is_weights(name))
+    return hashlib.sha256(repr(kept).encode()).hexdigest()
+
+
+def _is_weights(name: str) -> bool:
+    return name == "config.json" or name.endswith((".safetensors", ".bin"))
+
+
 def _require_checkpoint(folder: Path) -> None:
     killed = "what an export left that was killed half-way: run the training again, it exports once more"
     if folder.name.endswith(_PART):

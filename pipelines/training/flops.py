@@ -1,7 +1,8 @@
 """How many floating-point operations a step needs, so that a log line can say how much of the chip it uses.
 
 Model FLOPs: 2 for each multiply-add of the matrix products that the loss and its gradients need, at the true length of
-each sample. Left out are padding, recomputation, zeros that stand for absent images, and everything element by element.
+each sample; the head's at the tokens that are learned. Left out are padding, recomputation, zeros that stand for absent
+images, and everything element by element.
 Attention counts whole, as in the usual definition of MFU (PaLM, appendix B), though half of it is masked. A product of
 activations and weights counts once forward, once more where its input needs a gradient, and once more where its weights
 learn. `tests/pipelines/test_training_flops.py` compares with what torch counts while it computes.
@@ -61,7 +62,10 @@ class FlopCounter:
         """The operations of a micro-batch, forward and backward, given what the model takes."""
         lengths, queries, images = _samples(inputs, self._config)
         per_image = self._config.num_image_tokens
-        language = sum(self._language(length) for length in lengths)
+        labels = inputs.get("labels")
+        # A row's first token is foreseen by nothing; without labels there are logits of every position.
+        heads = sum(lengths) if labels is None else int((labels[:, 1:] != -100).sum())
+        language = heads * self._head() + sum(self._layers(length) for length in lengths)
         language += sum(
             self._embedded_query(length, asked)
             for length, asked, image in zip(lengths, queries, images, strict=True)
@@ -88,11 +92,15 @@ class FlopCounter:
         projector += 2 * tokens * text**2 * self._passes("projector", pooled_need or "projector" in self._learn)
         return config.num_tiles * ((0 if features else tower) + pooling + projector)
 
-    def _language(self, length: int) -> float:
+    def _layers(self, length: int) -> float:
+        layers = range(self._config.text_config.num_hidden_layers)
+        return sum(self._layer(length, self._layer_needs(index)) for index in layers)
+
+    def _head(self) -> float:
+        """Of one token that is foreseen."""
         text = self._config.text_config
-        layers = sum(self._layer(length, self._layer_needs(index)) for index in range(text.num_hidden_layers))
-        head = self._passes("language_model", bool(self._learn) or self._adapters is not None)
-        return layers + 2 * length * text.hidden_size * text.vocab_size * head
+        passes = self._passes("language_model", bool(self._learn) or self._adapters is not None)
+        return 2 * text.hidden_size * text.vocab_size * passes
 
     def _layer_needs(self, index: int) -> bool:
         """Whether the input of a decoder layer needs a gradient, after EmbQ in its layer."""

@@ -18,19 +18,20 @@ def forecast(settings: TrainSettings) -> str:
     """A table: what a worker needs of its GPU, in GiB, by ZeRO stage and number of workers."""
     shards = [shard for folder in settings.data.folders for shard in Manifest.load(folder).shards]
     num_tokens = np.concatenate([np.array(shard.num_tokens, dtype=np.int64) for shard in shards])
+    num_loss_tokens = np.concatenate([np.array(shard.num_loss_tokens, dtype=np.int64) for shard in shards])
     has_image = np.concatenate([np.array(shard.has_image, dtype=bool) for shard in shards])
-    work = largest_work(settings.batch, num_tokens, has_image)
+    work = largest_work(settings.batch, num_tokens, num_loss_tokens, has_image)
     model = build_skeleton(settings, load_processor(settings.model))
     sizes = count_sizes(model)
     named = [] if settings.deepspeed.stage is None else [settings.deepspeed.stage]
     lines = [
         f"{sizes.total:,} parameters, of which {sizes.learning:,} learn; the largest micro-batch has "
-        f"{work.tokens:,} tokens and {work.images} images",
+        f"{work.tokens:,} tokens, {work.loss_tokens:,} of them learned, and {work.images} images",
         "GiB a worker; the peak is states and buffers and the larger of activations, an estimate, and update",
         _row("workers", "stage", *_COLUMNS, "fits GPUs of"),
     ]
     for workers in sorted(set(settings.scaling.bounds)):
-        for stage in sorted({*possible_stages(settings), *named}):
+        for stage in sorted({*possible_stages(settings, workers), *named}):
             need = estimate(settings, model.config, sizes, work, stage, workers)
             figures = [f"{getattr(need, column) / 2**30:.1f}" for column in _COLUMNS]
             lines.append(_row(str(workers), str(stage), *figures, ", ".join(_fitting(need)) or "none"))

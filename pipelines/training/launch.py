@@ -26,14 +26,15 @@ from pipelines.training.keeper import CheckpointKeeper
 from pipelines.training.lookout import Lookout, drop_record
 from pipelines.training.loop import export_uri, run_identity, run_uri, train_worker
 from pipelines.training.lost_ranks import TellLostRanks
+from pipelines.training.metrics import log_late_scores
 from pipelines.training.process import worker_environment
 from pipelines.training.recording import recorded
 from pipelines.training.remote_evaluator import RemoteEvaluator
 from pipelines.training.scores import Measure
 from pipelines.training.settings import EvaluationSettings, ScalingSettings, TrainSettings
-from pipelines.training.start import check_encoder, check_start, load_processor
+from pipelines.training.start import check_encoder, check_start, load_processor, start_identity
 from pipelines.training.supervisor import Supervisor
-from pipelines.training.tracking import check_tracking
+from pipelines.training.tracking import check_tracking, open_trackers
 
 
 class TrainingError(RuntimeError):
@@ -77,7 +78,8 @@ def check_inputs(settings: TrainSettings) -> None:
     check_start(settings, manifests, load_processor(settings.model))
     check_encoder(settings.model, manifests)
     check_split(settings)
-    refuse_changed_run(run_uri(settings.run), run_identity(settings, list(manifests.values())))
+    identity = run_identity(settings, list(manifests.values()), start_identity(settings.model))
+    refuse_changed_run(run_uri(settings.run), identity)
 
 
 def check_cluster(scaling: ScalingSettings, evaluation: EvaluationSettings | None = None) -> None:
@@ -146,7 +148,11 @@ def _train(settings: TrainSettings, worker: Callable[[dict[str, Any]], None]) ->
             raise TrainingStopped(outcome["message"])
         if outcome:
             raise TrainingError(outcome["message"])
-        if not keeper.finish(interrupted=lambda: lookout.stopped):
+        evaluated = keeper.finish(interrupted=lambda: lookout.stopped)
+        if settings.evaluation:
+            uri = run_uri(settings.run)
+            log_late_scores(uri, lambda folder: open_trackers(settings, uri, folder))
+        if not evaluated:
             raise TrainingStopped("trained and exported, and stopped while the last checkpoints were evaluated")
     return export_uri(settings.run)
 

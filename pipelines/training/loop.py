@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import io
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from pipelines.shards.manifest import Manifest
 from pipelines.training.checkpoint import CheckpointError, Progress, RunIdentity, restore
 from pipelines.training.compilation import compile_layers
 from pipelines.training.divergence import BadSteps, TrainingDiverged
+from pipelines.training.engine import initialize, update_weights
 from pipelines.training.environment import environment_facts, machine_name
 from pipelines.training.events import EventLog, record
 from pipelines.training.export import ExportError, consolidated, read_export_step, write_export
@@ -30,7 +30,6 @@ from pipelines.training.memory import MemoryPlanError, choose_stage, count_sizes
 from pipelines.training.metrics import RunLog, StepMeter, read_metrics
 from pipelines.training.optimization import (
     build_optimizer,
-    deepspeed_config,
     learning_rates,
     schedule_factor,
     set_learning_rates,
@@ -39,13 +38,10 @@ from pipelines.training.process import prepare_process, seed_step
 from pipelines.training.ranks import Ranks
 from pipelines.training.saver import CheckpointSaver
 from pipelines.training.settings import RunSettings, TrainSettings
-from pipelines.training.start import StartError, build_learner, load_processor
+from pipelines.training.start import StartError, build_learner, load_processor, start_identity
 from pipelines.training.state import StateError
 from pipelines.training.tracking import open_trackers
 from pipelines.training.watchdog import Watchdog
-
-if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
 
 
 def run_uri(run: RunSettings) -> str:
@@ -58,8 +54,8 @@ def export_uri(run: RunSettings) -> str:
     return storage.join(run_uri(run), "export")
 
 
-def run_identity(settings: TrainSettings, manifests: list[Manifest]) -> RunIdentity:
-    """What must stay the same between a run and its continuation."""
+def run_identity(settings: TrainSettings, manifests: list[Manifest], start: dict[str, str]) -> RunIdentity:
+    """What must stay the same between a run and its continuation; `start` is what `start_identity` says."""
     return RunIdentity(
         data=[manifest.identity() for manifest in manifests],
         seed=settings.run.seed,
@@ -69,6 +65,7 @@ def run_identity(settings: TrainSettings, manifests: list[Manifest]) -> RunIdent
         train_parts=sorted(settings.train_parts),
         lora=settings.lora.model_dump(mode="json") if settings.lora else None,
         precision=settings.precision,
+        start=start,
     )
 
 
@@ -153,19 +150,19 @@ class WorkerRun:
             Mixture(rows.sizes, settings.data.weights) if settings.data.weights else None,
         )
         self.num_steps = settings.max_steps or settings.epochs * self.feed.batches_per_epoch
-        self.identity = run_identity(settings, [dataset.manifest for dataset in rows.datasets])
+        # Hashed by one rank: weights without a manifest are read as a whole.
+        begin = ranks.share(start_identity(settings.model) if ranks.rank == 0 else None)
+        self.identity = run_identity(settings, [dataset.manifest for dataset in rows.datasets], begin)
         model = build_learner(settings, processor)
         self.settings = settings = self._planned(settings, model)
         if settings.model.compile:
             compile_layers(model)
-        shape = model.config
-        self.patch_shape = (shape.num_tiles, shape.num_patches, shape.vision_config.hidden_size)
         features = any(dataset.manifest.payload == "features" for dataset in rows.datasets)
         self.flops = FlopCounter(model.config, settings.train_parts, features, settings.lora)
         self.optimizer = build_optimizer(model, settings.optim)
-        self.engine = _initialize(model, self.optimizer, settings, self.world_size)
+        self.engine = initialize(model, self.optimizer, settings, self.world_size)
         self.stage = self.engine.zero_optimization_stage()
-        self.bad_steps = BadSteps(settings.run.max_bad_steps if self.stage else 1)
+        self.bad_steps = BadSteps(settings.run.max_bad_steps)
         stated = settings.scaling.peak_tflops
         self.peak: Peak = find_peak(stated, device, torch.bfloat16 if settings.precision == "bf16" else torch.float32)
 
@@ -243,15 +240,17 @@ class WorkerRun:
         """The settings with the ZeRO stage that they leave open, said aloud. Collective."""
         gpu = torch.cuda.get_device_properties(self.device).total_memory if self.device.type == "cuda" else None
         memories = [memory for memory in self.ranks.gather(gpu) if memory is not None]
-        work = largest_work(settings.batch, self.rows.num_tokens, self.rows.has_image)
+        rows = self.rows
+        work = largest_work(settings.batch, rows.num_tokens, rows.num_loss_tokens, rows.has_image)
         smallest = min(memories, default=None)
         plan = choose_stage(settings, model.config, count_sizes(model), work, self.world_size, smallest)
         self.ranks.say(plan.reason)
         return settings.model_copy(update={"deepspeed": settings.deepspeed.model_copy(update={"stage": plan.stage})})
 
     def _run_log(self, start_step: int) -> RunLog:
-        uri = run_uri(self.settings.run)
-        return RunLog(uri, self.num_steps, start_step, lambda folder: open_trackers(self.settings, uri, folder))
+        settings, uri = self.settings, run_uri(self.settings.run)
+        evaluated = settings.evaluation is not None
+        return RunLog(uri, self.num_steps, start_step, lambda folder: open_trackers(settings, uri, folder), evaluated)
 
     def _saver(self) -> CheckpointSaver:
         run = self.settings.run
@@ -264,8 +263,7 @@ class WorkerRun:
 
     def _agree(self, step: int, rows: np.ndarray, saver: CheckpointSaver) -> Request:
         """One exchange per step, so that all ranks report, save, stop and fail at the same one."""
-        bad = not torch.isfinite(self.last_loss).item() if self.stage == 0 else self._overflow()
-        request, busy, any_bad = self.ranks.largest([self.host.request(), not saver.is_done, bad])
+        request, busy, any_bad = self.ranks.largest([self.host.request(), not saver.is_done, self.update.skipped])
         if not busy:
             saver.settle()
         try:
@@ -274,10 +272,6 @@ class WorkerRun:
             saver.settle()  # what was saved before shall be there
             raise
         return Request(request)
-
-    def _overflow(self) -> bool:
-        """Whether DeepSpeed has left out the last update, since its gradients were not finite; so on every rank."""
-        return bool(self.engine.optimizer.overflow)
 
     def step(self, step: int, micro_batches: list[MicroBatch], meter: StepMeter) -> None:
         """One optimizer step on this rank's share of a global batch."""
@@ -293,45 +287,14 @@ class WorkerRun:
             self.engine.backward(1.0 * loss, scale_wrt_gas=False)
             losses.append(loss.detach())
             meter.add_micro_batch(micro)
-        self.grad_norm = self._own_norm() if self.stage == 0 else None
-        self.engine.step()
-        self.last_loss = torch.stack(losses).sum()
-        meter.add_loss(self.last_loss)
-
-    def _own_norm(self) -> torch.Tensor:
-        """The norm of the gradients, which DeepSpeed's stage 0 computes and forgets."""
-        gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
-        return torch.nn.utils.get_total_norm(gradients)
+        self.update = update_weights(self.engine, self.settings.optim.max_grad_norm)
+        meter.add_loss(torch.stack(losses).sum())
 
     def _on_device(self, micro: MicroBatch) -> dict[str, torch.Tensor]:
         moved = {name: tensor.to(self.device, non_blocking=True) for name, tensor in micro.inputs.items()}
-        if "pixel_values" in moved and self._may_skip_tower(micro):
-            # No image anywhere: zeros stand for patches, so that the small parts that learn run on every rank alike,
-            # and the tower does not run at all.
-            del moved["pixel_values"]
-            moved["patch_features"] = torch.zeros(0, *self.patch_shape, device=self.device)
         if "pixel_values" in moved:  # travels as uint8: a quarter of the bytes
             moved["pixel_values"] = normalize_pixels(moved["pixel_values"])
         return moved
-
-    def _may_skip_tower(self, micro: MicroBatch) -> bool:
-        """Whether this micro-batch has no image, and the tower need not run on zeros in its place.
-
-        Where ranks meet in the tower, it runs where others have images: under ZeRO-3, which gathers its weights, and
-        for the sake of its gradients where it learns, which are added up in the order in which they come. All ranks
-        know the global batch, so they agree without a word. Global batches are of one modality but for the last ones
-        of an epoch, so almost every text-only micro-batch is in a batch without any image.
-
-        The one exception is a tower that learns under ZeRO-0, ZeRO-3 or with an offloaded optimizer: there a parameter
-        without a gradient keeps that of the step before, or is not updated (DeepSpeed 0.19.8), so the tower always
-        runs.
-        """
-        if len(micro.inputs["pixel_values"]):
-            return False
-        nobody_has_one = not self.rows.has_image[micro.batch.rows].any()
-        if "vision_tower" not in self.settings.train_parts:
-            return self.stage < 3 or nobody_has_one
-        return nobody_has_one and self.stage in (1, 2) and self.settings.deepspeed.offload == "none"
 
     def loader(self, position: Position, num_batches: int) -> BatchLoader:
         """This rank's micro-batches of the next `num_batches` global batches."""
@@ -350,7 +313,7 @@ class WorkerRun:
     def _log(
         self, log: RunLog | None, meter: StepMeter, step: int, position: Position, waited_s: float, saving_s: float
     ) -> None:
-        norm = self.engine.get_global_grad_norm() if self.grad_norm is None else self.grad_norm
+        norm = self.update.grad_norm
         figures = meter.read(waited_s, saving_s, None if norm is None else float(norm))
         if log:
             figures |= learning_rates(self.settings.optim, self.settings.train_parts, self._factor(step - 1))
@@ -361,19 +324,6 @@ class WorkerRun:
 
     def _factor(self, step: int) -> float:
         return schedule_factor(step, self.num_steps, self.settings.optim)
-
-
-def _initialize(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, settings: TrainSettings, world_size: int
-) -> DeepSpeedEngine:
-    # DeepSpeed chooses its accelerator when it is imported, from the environment that only workers have.
-    import deepspeed
-
-    deepspeed.utils.logger.setLevel("WARNING")
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints that its operator was built
-        deepspeed.init_distributed()
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(settings, world_size))
-    return engine
 
 
 def grouped_by_step(loader: BatchLoader) -> Iterator[list[MicroBatch]]:

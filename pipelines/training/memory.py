@@ -4,11 +4,12 @@ With P parameters of which L learn, W workers, and e bytes a weight (bf16 2, fp3
 
 | stage | weights | gradients | optimizer: fp32 weights and two moments | while it updates |
 |---|---|---|---|---|
-| 0 (fp32 alone) | 4 P | 4 L | 8 L | 4 L |
-| 1 | e P | e L | 12 L / W | 8 L / W |
-| 2 | e P | e L / W | 12 L / W | 8 L / W |
-| 3 | e P / W | e L / W | 12 L / W | 8 L / W |
+| 0 (fp32 alone) | 4 P | 4 L | 8 L | |
+| 1 | e P | e L | 12 L / W | u L / W |
+| 2 | e P | e L / W | 12 L / W | u L / W |
+| 3 | e P / W | e L / W | 12 L / W | u L / W |
 
+where u is 4, a copy of the gradients in fp32, or 6, with one in bf16 for that while; AdamW, fused, needs none. That is
 beside DeepSpeed's buckets, and the activations of the largest micro-batch. The stages cost more communication the
 higher they are (2 once per micro-batch instead of once per step, 3 the weights twice per micro-batch too), so a run
 takes the lowest one that fits. `tests/pipelines/test_training_memory.py` compares with what DeepSpeed holds, and the
@@ -17,6 +18,7 @@ activations with what a step on the CPU allocates.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -54,6 +56,8 @@ class Work(NamedTuple):
 
     tokens: int
     images: int
+    loss_tokens: int
+    """Of the tokens; logits are made of these alone."""
 
 
 @dataclass(frozen=True)
@@ -93,13 +97,16 @@ def count_sizes(model: nn.Module) -> Sizes:
     return Sizes(sum(size for size, _ in sizes), sum(size for size, learns in sizes if learns))
 
 
-def largest_work(batch: BatchSettings, num_tokens: np.ndarray, has_image: np.ndarray) -> Work:
+def largest_work(
+    batch: BatchSettings, num_tokens: np.ndarray, num_loss_tokens: np.ndarray, has_image: np.ndarray
+) -> Work:
     """The largest micro-batch of rows of these lengths: the longest rows together, as length groups bring them."""
     if not batch.max_tokens:
         images = batch.micro_size if has_image.any() else 0
-        return Work(batch.micro_size * int(num_tokens.max()), images)
+        return Work(batch.micro_size * int(num_tokens.max()), images, batch.micro_size * int(num_loss_tokens.max()))
     images = batch.max_tokens // int(num_tokens[has_image].min()) if has_image.any() else 0
-    return Work(batch.max_tokens, min(images, batch.max_images or images))
+    loss_tokens = math.ceil(batch.max_tokens * float((num_loss_tokens / num_tokens).max()))
+    return Work(batch.max_tokens, min(images, batch.max_images or images), loss_tokens)
 
 
 def estimate(
@@ -111,7 +118,7 @@ def estimate(
     share = learning / world_size if stage else learning
     weights = width * total / (world_size if stage == 3 else 1)
     gradients = width * (share if stage > 1 else learning)
-    optimizer, update = (12 * share, 8 * share) if stage else (8 * share, 4 * share)
+    optimizer, update = (12 * share, (6 if width == 2 else 4) * share) if stage else (8 * share, 0)
     if settings.deepspeed.offload != "none":
         optimizer = update = 0
     if settings.deepspeed.offload == "all":
@@ -133,7 +140,7 @@ def choose_stage(
         MemoryPlanError: No stage, or not the one that the settings name, leaves room for anything but the states.
     """
     named = settings.deepspeed.stage
-    candidates = [named] if named is not None else possible_stages(settings)
+    candidates = [named] if named is not None else possible_stages(settings, world_size)
     needs = {stage: estimate(settings, config, sizes, work, stage, world_size) for stage in candidates}
     if available is None:
         return Plan(candidates[0], describe(candidates[0], needs[candidates[0]], work))
@@ -149,10 +156,12 @@ def choose_stage(
     return Plan(chosen, reason if fitting else f"{reason}. WARNING: that may not be enough: {_REMEDY}")
 
 
-def possible_stages(settings: TrainSettings) -> list[int]:
-    """The stages that settings without a `deepspeed.stage` leave open."""
+def possible_stages(settings: TrainSettings, world_size: int) -> list[int]:
+    """The stages that settings without a `deepspeed.stage` leave open to so many workers."""
     if settings.deepspeed.offload == "all":
         return [3]
+    if world_size == 1 and settings.precision == "fp32" and settings.deepspeed.offload == "none":
+        return [0]  # the others would keep the same weights twice, for nobody to share them with
     return [1, 2] if settings.model.compile else [1, 2, 3]
 
 
@@ -181,28 +190,44 @@ def _buffers(settings: TrainSettings, sizes: Sizes, stage: int, world_size: int,
 def _activations(settings: TrainSettings, config: FlashSlothConfig, work: Work, width: int) -> float:
     """What the forward pass keeps for the backward pass, and what comes on top of it at the worst moment."""
     text, vision = config.text_config, config.vision_config
-    learn = set(settings.train_parts)
+    how = settings.model.gradient_checkpointing
     patches = work.images * config.num_tiles * config.num_patches
     # Elements that a layer keeps for each of its rows, as the layers of transformers 5.23 do (attention never keeps
-    # its scores): inputs of norms and products, queries, keys, values, and what the activation function is made of.
-    in_text = 5 * text.hidden_size + 4 * text.intermediate_size + _for_weights(settings, config)
+    # its scores): inputs of norms and products, queries, keys, values, and the input of the activation function.
+    in_text = 5 * text.hidden_size + text.intermediate_size + _for_weights(settings, config)
     in_vision = 8 * vision.hidden_size + 2 * vision.intermediate_size
-    kept = work.tokens * _stack(settings, text.num_hidden_layers, text.hidden_size, in_text)
-    kept += work.tokens * (3 * text.hidden_size + 6 * config.query_hidden_size)  # ends of the stack, and EmbQ's text
-    kept += patches * (6 * vision.hidden_size + 4 * config.query_hidden_size)  # pooling and EmbQ's image
-    live = work.tokens * (in_text + 2 * (text.hidden_size + text.intermediate_size))
-    if "vision_tower" in learn:
-        kept += patches * _stack(settings, vision.num_hidden_layers, vision.hidden_size, in_vision)
-        live = max(live, patches * (in_vision + 2 * (vision.hidden_size + vision.intermediate_size)))
-    loss = _LOSS_BYTES * work.tokens * text.vocab_size
-    pixels = 4 * work.images * config.num_tiles * vision.num_channels * vision.image_size**2
-    return pixels + width * kept + max(loss, width * live if settings.model.gradient_checkpointing != "off" else 0)
+    in_tower = patches * _stack(how, vision.num_hidden_layers, vision.hidden_size, in_vision)
+    in_tower *= "vision_tower" in settings.train_parts
+    kept = in_tower + work.tokens * _stack(how, text.num_hidden_layers, text.hidden_size, in_text)
+    kept += patches * 6 * vision.hidden_size  # pooling
+    if not _is_recomputed(how, config.query_layer):
+        kept += (6 * work.tokens + 4 * patches) * config.query_hidden_size
+    # The worst moment is the loss, the last layer of the language model, which may be recomputed, or that of the tower.
+    ends = work.tokens * 3 * text.hidden_size  # of the stack; gone when the backward pass has reached its layers
+    in_loss = width * (kept + ends) + _LOSS_BYTES * work.loss_tokens * text.vocab_size
+    wide, wide_patch = (part.hidden_size + part.intermediate_size for part in (text, vision))
+    if settings.lora or "language_model" not in settings.train_parts:
+        wide += text.intermediate_size  # what the activation gives is not kept for weights, and lives for that while
+    in_last = kept + work.tokens * _live(how, text.num_hidden_layers, in_text, wide)
+    of_tower = in_tower + patches * _live(how, vision.num_hidden_layers, in_vision, wide_patch) * bool(in_tower)
+    pixels = work.images * config.num_tiles * vision.num_channels * vision.image_size**2
+    pixels *= 4 + (width if in_tower and width < 4 else 0)  # fp32, and a copy for the tower that learns
+    return pixels + max(in_loss, width * in_last, width * of_tower)
 
 
-def _stack(settings: TrainSettings, layers: int, hidden: int, inside: int) -> float:
+def _is_recomputed(how: str, layer: int) -> bool:
+    """Whether the layer of this number is, in the backward pass: with `selective` the first, the third, and so on."""
+    return how == "full" or (how == "selective" and layer % 2 == 0)
+
+
+def _live(how: str, layers: int, inside: int, gradients: int) -> int:
+    """Elements for each row while the backward pass is in a stack's last layer: gradients, and what is recomputed."""
+    return gradients + (inside if _is_recomputed(how, layers - 1) else 0)
+
+
+def _stack(how: str, layers: int, hidden: int, inside: int) -> int:
     """Elements that a stack of layers keeps for each row: everything, or the inputs of layers that are recomputed."""
-    recomputed = {"off": 0, "selective": layers // 2, "full": layers}[settings.model.gradient_checkpointing]
-    return recomputed * hidden + (layers - recomputed) * inside
+    return sum(hidden if _is_recomputed(how, layer) else inside for layer in range(layers))
 
 
 def _for_weights(settings: TrainSettings, config: FlashSlothConfig) -> int:

@@ -1,4 +1,8 @@
-"""What a run says about itself: a line a person reads, a JSONL line and TensorBoard scalars, every few steps."""
+"""What a run says about itself: a line a person reads, a JSONL line and TensorBoard scalars, every few steps.
+
+`metrics.jsonl` has two kinds of lines: the figures of a window of steps, and `{"step", "time", "checkpoint",
+"evaluation": {...}}`, the score of the checkpoint of that step, which comes when its evaluation is done.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +23,7 @@ from pipelines import storage
 from pipelines.feed import GlobalBatch, MicroBatch
 from pipelines.training.errands import Errands
 from pipelines.training.flops import FlopCounter
+from pipelines.training.scores import NewScores, read_scores
 from pipelines.training.tracking import Tracker
 
 METRICS_NAME = "metrics.jsonl"
@@ -137,6 +142,7 @@ class RunLog:
         num_steps: Of the whole run.
         start_step: The step that this attempt goes on from.
         trackers: Given a local folder for their own files, whoever else shall be told.
+        evaluated: Whether checkpoints are evaluated; then their scores are logged as they come.
     """
 
     def __init__(
@@ -145,6 +151,7 @@ class RunLog:
         num_steps: int,
         start_step: int,
         trackers: Callable[[Path], Sequence[Tracker]] = lambda folder: (),
+        evaluated: bool = False,
     ) -> None:
         # TensorBoard takes seconds to import, which other ranks need not spend.
         from torch.utils.tensorboard import SummaryWriter
@@ -154,8 +161,13 @@ class RunLog:
         self._folder = Path(run_uri if self._local else tempfile.mkdtemp(prefix="flashsloth-log-"))
         self._folder.mkdir(parents=True, exist_ok=True)
         self._num_steps = num_steps
+        self._step = start_step
         self._lines = self._folder / METRICS_NAME
-        self._lines.write_text("".join(_lines_before(run_uri, start_step)))
+        before = [line for line in _read_lines(run_uri) if line["step"] <= start_step]
+        # What a killed attempt logged after its last checkpoint is done again.
+        self._lines.write_text("".join(json.dumps(line) + "\n" for line in before))
+        known = [line["checkpoint"] for line in before if "evaluation" in line]
+        self._scores = NewScores(run_uri, known) if evaluated else None
         self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=start_step + 1)
         self._trackers = trackers(self._folder)
         self._copying = Errands(f"copying the log to {run_uri}")
@@ -169,14 +181,15 @@ class RunLog:
 
     def write(self, step: int, figures: dict[str, Any]) -> None:
         """Log the figures of the window that ends with `step`."""
-        with self._lines.open("a") as file:
-            file.write(json.dumps({"step": step, "time": time.time(), **figures}) + "\n")
+        self._step = step
         named = {f"train/{name}": float(value) for name, value in figures.items()}
         for name, value in named.items():
             self._board.add_scalar(name, value, step)
-        for tracker in self._trackers:
-            tracker.write(step, named)
+        self._append(step, figures, named)
         print(readable(step, self._num_steps, figures), flush=True)
+        if self._scores:
+            self._add_scores(self._scores)
+            self._scores.look()
 
     def flush(self) -> None:
         """Make everything written so far visible in the run's folder, soon."""
@@ -190,6 +203,9 @@ class RunLog:
         Args:
             finished: Whether the run has done its last step; trackers show it.
         """
+        if self._scores:
+            self._scores.close()
+            self._add_scores(self._scores)
         self._board.close()
         for tracker in self._trackers:
             tracker.close(finished)
@@ -197,6 +213,18 @@ class RunLog:
         self._copying.close()
         if not self._local:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _add_scores(self, scores: NewScores) -> None:
+        # TensorBoard has them from whoever found them, who needs no running training for that.
+        for score in scores.take(self._step):
+            named = {f"evaluation/{name}": value for name, value in score.figures.items()}
+            self._append(score.step, {"checkpoint": score.checkpoint, "evaluation": score.figures}, named)
+
+    def _append(self, step: int, facts: dict[str, Any], named: dict[str, float]) -> None:
+        with self._lines.open("a") as file:
+            file.write(json.dumps({"step": step, "time": time.time(), **facts}) + "\n")
+        for tracker in self._trackers:
+            tracker.write(step, named)
 
     def _copy(self) -> None:
         for path in sorted(self._folder.rglob("*")):
@@ -231,22 +259,26 @@ def readable(step: int, num_steps: int, figures: dict[str, Any]) -> str:
 
 
 def read_metrics(run_uri: str) -> list[dict[str, Any]]:
-    """The metrics of a run, one dict per logged step, in order of steps; an empty list where nothing was logged."""
-    return [json.loads(line) for line in _read_lines(run_uri)]
+    """The figures of a run's steps, one dict per logged step, in order; an empty list where nothing was logged."""
+    return [line for line in _read_lines(run_uri) if "evaluation" not in line]
 
 
-def _lines_before(run_uri: str, start_step: int) -> list[str]:
-    """Lines up to `start_step`: what a killed attempt logged after its last checkpoint is done again."""
-    return [line + "\n" for line in _read_lines(run_uri) if json.loads(line)["step"] <= start_step]
+def log_late_scores(run_uri: str, trackers: Callable[[Path], Sequence[Tracker]]) -> None:
+    """Log the scores that came when no worker was left to do it: the last checkpoint's, for one."""
+    lines, scores = _read_lines(run_uri), read_scores(run_uri)
+    logged = {line["checkpoint"] for line in lines if "evaluation" in line}
+    if any(score.checkpoint not in logged for score in scores):
+        last = max([line["step"] for line in lines] + [score.step for score in scores])
+        RunLog(run_uri, last, last, trackers, evaluated=True).close()
 
 
-def _read_lines(run_uri: str) -> list[str]:
+def _read_lines(run_uri: str) -> list[dict[str, Any]]:
     try:
         text = storage.read_bytes(storage.join(run_uri, METRICS_NAME)).decode()
     except FileNotFoundError:
         return []
     # The last line of a killed process may be cut.
-    return [line for line in text.split("\n")[:-1] if line]
+    return [json.loads(line) for line in text.split("\n")[:-1] if line]
 
 
 def _other_rates(figures: dict[str, Any]) -> str:

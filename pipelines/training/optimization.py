@@ -45,8 +45,11 @@ def parameter_groups(model: nn.Module, optim: OptimSettings) -> list[dict[str, A
 
 
 def build_optimizer(model: nn.Module, optim: OptimSettings) -> torch.optim.Optimizer:
-    """torch's AdamW: DeepSpeed's own would be compiled first, and its ZeRO stages take this one."""
-    return torch.optim.AdamW(parameter_groups(model, optim), betas=optim.betas, eps=optim.eps)
+    """torch's AdamW: DeepSpeed's own would be compiled first, and its ZeRO stages take this one.
+
+    Fused: one pass over weights, gradients and moments, and no copy of any of them.
+    """
+    return torch.optim.AdamW(parameter_groups(model, optim), betas=optim.betas, eps=optim.eps, fused=True)
 
 
 def schedule_factor(step: int, num_steps: int, optim: OptimSettings) -> float:
@@ -99,7 +102,8 @@ def deepspeed_config(settings: TrainSettings, world_size: int) -> dict[str, Any]
         "train_batch_size": batch.micro_size * accumulation * world_size,
         "train_micro_batch_size_per_gpu": batch.micro_size,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": settings.optim.max_grad_norm,
+        # Stage 0 computes the norm for itself alone: pipelines.training.engine clips there.
+        "gradient_clipping": settings.optim.max_grad_norm if settings.deepspeed.stage else 0.0,
         "bf16": {"enabled": settings.precision == "bf16"},
         "zero_optimization": zero,
         # Offloading to the CPU works with torch's AdamW too, without compiling DeepSpeed's.

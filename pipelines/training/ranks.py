@@ -44,6 +44,8 @@ class Ranks:
 
     def largest(self, values: list[int]) -> list[int]:
         """The largest of all ranks' `values`, place by place."""
+        if self.world_size == 1:
+            return [int(value) for value in values]
         both = torch.tensor(values, dtype=torch.int64)
         dist.all_reduce(both, dist.ReduceOp.MAX, group=self._group)
         return both.tolist()

@@ -2,19 +2,22 @@
 
 `evaluation.json` lies in the folder of the checkpoint that it is about, and goes with it. A run's folder keeps
 `evaluations.jsonl`, a line for every evaluation that there ever was; curves for TensorBoard in
-`tensorboard/evaluation`; and `best.json`, which names the best checkpoint.
+`tensorboard/evaluation`; and `best.json`, which names the best checkpoint. From `evaluations.jsonl` the run's log takes
+them into `metrics.jsonl`, and tells its trackers.
 """
 
 from __future__ import annotations
 
 import math
 import tempfile
+from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipelines import storage
+from pipelines.training.errands import Errands
 from pipelines.training.settings import EvaluationSettings, Metric
 
 SCORE_NAME = "evaluation.json"
@@ -157,6 +160,43 @@ class ScoreLog:
                     board.add_scalar(f"evaluation/{name}", value, score.step)
             for path in Path(folder).iterdir():
                 storage.write_bytes(storage.join(self._uri, BOARD_FOLDER, path.name), path.read_bytes())
+
+
+class NewScores:
+    """The scores that a run's log has not yet. They are found beside the driver, and looked for here in a thread.
+
+    Args:
+        run_uri: The run's folder.
+        known: The checkpoints whose scores are logged.
+    """
+
+    def __init__(self, run_uri: str, known: Iterable[str]) -> None:
+        self._uri = run_uri
+        self._known = set(known)
+        self._found: deque[Score] = deque()
+        self._looking = Errands(f"reading the scores of {run_uri}")
+
+    def look(self) -> None:
+        """Look for more, soon."""
+        if not self._looking.waiting:
+            self._looking.add(self._look)
+
+    def take(self, step: int) -> list[Score]:
+        """What has been found since the last time, of checkpoints up to `step`; later ones are left for then."""
+        found = [self._found.popleft() for _ in range(len(self._found))]
+        self._found.extend(score for score in found if score.step > step)
+        return [score for score in found if score.step <= step]
+
+    def close(self) -> None:
+        """Look for the last time, and wait for it."""
+        self.look()
+        self._looking.close()
+
+    def _look(self) -> None:
+        for score in read_scores(self._uri):
+            if score.checkpoint not in self._known:
+                self._known.add(score.checkpoint)
+                self._found.append(score)
 
 
 def readable(score: Score, is_best: bool) -> str:

@@ -154,7 +154,8 @@ class DeepSpeedSettings(Section):
 
     stage: Annotated[int, Field(ge=0, le=3)] | None = None
     """ZeRO: 1 partitions optimizer states, 2 gradients too, 3 parameters too. By default the lowest of them that fits
-    the GPUs by the arithmetic of `pipelines.training.memory`, which `--dry-run` shows; on CPUs 1."""
+    the GPUs by the arithmetic of `pipelines.training.memory`, which `--dry-run` shows; on CPUs 1. A single fp32 worker,
+    who has nobody to share with, takes 0."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """Keep in the host's memory: nothing, the optimizer's state (stages 1 to 3), or that and the weights (stage 3)."""
     options: dict[str, Any] = Field(default_factory=dict)

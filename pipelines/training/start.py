@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,7 @@ from flashsloth.configuration_flashsloth import TILES
 from pipelines.encode import encoder_facts
 from pipelines.feed import BudgetError, TokenBudget
 from pipelines.shards.manifest import Manifest
-from pipelines.training.export import export_config, fetch_export, load_export
+from pipelines.training.export import export_config, fetch_export, load_export, weights_identity
 from pipelines.training.lora import add_adapters
 from pipelines.training.optimization import freeze
 from pipelines.training.process import seed_start
@@ -80,6 +82,16 @@ def build_model(
         for layer in (layer for stack in stacks for layer in stack[1::2]):
             layer.gradient_checkpointing = False
     return built.train()
+
+
+def start_identity(model: ModelSettings) -> dict[str, str]:
+    """What a run starts from, wherever it lies: weights by their content, backbones of a hub by their names."""
+    if model.checkpoint:
+        return {"checkpoint": weights_identity(model.checkpoint)}
+    if model.backbones:
+        names = {"language": model.backbones.language, "vision": model.backbones.vision}
+        return {part: weights_identity(name) if os.path.isdir(name) else name for part, name in names.items()}
+    return {"preset": str(model.preset), "overrides": json.dumps(model.overrides, sort_keys=True)}
 
 
 def build_learner(settings: TrainSettings, processor: FlashSlothProcessor) -> FlashSlothForConditionalGeneration:

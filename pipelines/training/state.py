@@ -173,7 +173,7 @@ def _moments(optimizer: torch.optim.Optimizer, weight: torch.Tensor) -> dict[str
     """Adam's state of one of its tensors; before its first step, as that step would begin it."""
     state = optimizer.state[weight]
     if not state:
-        state["step"] = torch.tensor(0.0)
+        state["step"] = torch.zeros((), device=weight.device)
         state.update({kind: torch.zeros_like(weight) for kind in MOMENTS})
     return state
 

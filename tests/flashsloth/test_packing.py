@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
+from flashsloth.attention import IMPLEMENTATION
 from flashsloth.collation import collate, collate_packed
 from flashsloth.placeholders import number_samples
 from tests.fixtures.tiny import build_processor, build_tiny_model
@@ -30,11 +31,12 @@ def processor(request: pytest.FixtureRequest) -> FlashSlothProcessor:
     return build_processor(request.param)
 
 
-@pytest.fixture(params=["sdpa", "eager"])
+@pytest.fixture(params=[IMPLEMENTATION, "sdpa", "eager"])
 def model(
     request: pytest.FixtureRequest, processor: FlashSlothProcessor
 ) -> Iterator[FlashSlothForConditionalGeneration]:
     model = build_tiny_model(processor)
+    assert model.config.text_config._attn_implementation == IMPLEMENTATION
     model.set_attn_implementation(request.param)
     yield model
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from transformers.activations import NewGELUActivation
 
 from flashsloth.collation import collate
 from pipelines.benchmarks.bare_loop import bare_steps
@@ -18,6 +19,7 @@ from tests.pipelines.test_training_variants import plain_losses
 from tests.training import recipe, write_data
 
 FEW = 12
+PARTS = ("pooling", "queries", "activation", "attention")
 
 
 @pytest.fixture
@@ -41,10 +43,10 @@ def loss_and_gradients(model, batch) -> tuple[torch.Tensor, dict[str, torch.Tens
     return loss.detach(), {name: weight.grad.clone() for name, weight in model.named_parameters()}
 
 
-@pytest.mark.parametrize("pooling, queries", [(True, False), (False, True), (True, True)])
-def test_the_restated_parts_compute_what_ours_do(tiny_model, batch, pooling, queries):
+@pytest.mark.parametrize("parts", [{"pooling"}, {"queries"}, {"activation"}, {"attention"}, set(PARTS)])
+def test_the_restated_parts_compute_what_ours_do(tiny_model, batch, parts):
     loss, gradients = loss_and_gradients(tiny_model, batch)
-    with published_parts(tiny_model, pooling, queries):
+    with published_parts(tiny_model, **{name: name in parts for name in PARTS}):
         other_loss, others = loss_and_gradients(tiny_model, batch)
     torch.testing.assert_close(other_loss, loss, atol=1e-5, rtol=0)
     for name, gradient in gradients.items():
@@ -54,12 +56,17 @@ def test_the_restated_parts_compute_what_ours_do(tiny_model, batch, pooling, que
 def test_the_parts_are_ours_again_afterwards_and_loop_meanwhile(tiny_model, batch):
     scored: list[int] = []
     tiny_model.model.pooling.score_in.register_forward_hook(lambda *_: scored.append(1))
+    language_model = tiny_model.model.language_model
+    own = language_model.config._attn_implementation, language_model.layers[0].mlp.activation_fn
     with torch.no_grad():
-        with published_parts(tiny_model, True, False):
+        with published_parts(tiny_model, True, False, True, True):
             tiny_model(**batch)
+            assert language_model.config._attn_implementation == "sdpa"
+            assert isinstance(language_model.layers[0].mlp.activation_fn, NewGELUActivation)
         assert len(scored) == 9, "once for each region of 126 pixels"
         tiny_model(**batch)
     assert len(scored) == 10
+    assert own == (language_model.config._attn_implementation, language_model.layers[0].mlp.activation_fn)
 
 
 def test_zero_images_change_no_loss(tiny_model, batch):
@@ -109,7 +116,7 @@ def test_the_variants_go_from_published_to_ours_one_change_at_a_time():
         sum(vars(before)[name] != vars(after)[name] for name in vars(before))
         for before, after in zip(list(VARIANTS.values()), list(VARIANTS.values())[1:], strict=False)
     ]
-    assert changed == [1, 1, 1, 1]
+    assert changed == [1] * 8 and not any(vars(VARIANTS["ours"]).values())
 
 
 def test_the_bare_loop_computes_what_a_run_does(tmp_path):

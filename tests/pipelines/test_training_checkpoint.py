@@ -27,6 +27,7 @@ IDENTITY = RunIdentity(
     length_group=8,
     train_parts=["pooling"],
     precision="fp32",
+    start={"checkpoint": "aa"},
 )
 
 
@@ -76,6 +77,9 @@ def test_a_run_is_not_continued_with_other_settings(checkpoint):
     changed = IDENTITY.model_copy(update={"precision": "bf16", "seed": 1})
     with pytest.raises(CheckpointError, match=r"seed was 0 and is now 1; precision was 'fp32' and is now 'bf16'"):
         refuse_changed_run(str(checkpoint.parent), changed)
+    other = IDENTITY.model_copy(update={"start": {"checkpoint": "bb"}})
+    with pytest.raises(CheckpointError, match=r"start was {'checkpoint': 'aa'} and is now {'checkpoint': 'bb'}\. Undo"):
+        refuse_changed_run(str(checkpoint.parent), other)
     refuse_changed_run(str(checkpoint.parent / "elsewhere"), changed)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -237,6 +238,9 @@ def test_a_run_evaluates_its_checkpoints_although_the_evaluator_is_killed(
     run = f"{tmp_path}/run"
     scores = read_scores(run)
     assert [score.step for score in scores] == [2, 4, 6]
+    lines = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
+    logged = {line["checkpoint"]: line["evaluation"] for line in lines if "evaluation" in line}
+    assert logged == {score.checkpoint: score.figures for score in scores}
     plain = evaluator(evaluated(prepared, trained))
     for score, name in zip(scores, reversed(stored_names(f"{trained}/run")), strict=True):
         assert score.loss == plain.evaluate(name).loss

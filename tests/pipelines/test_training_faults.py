@@ -172,7 +172,7 @@ def test_a_rank_that_hangs_is_found_in_time_and_named(
     assert re.search(words, group.said()), group.said()[-3000:]
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [0, 2, 3])
 def test_losses_that_are_no_numbers_change_nothing_and_end_the_run_when_they_stay(
     prepared: Path, tmp_path: Path, stage: int
 ) -> None:

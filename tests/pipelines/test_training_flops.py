@@ -43,6 +43,7 @@ def test_operations_are_those_that_torch_counts(tiling, parts, lora):
         add_adapters(model, settings)
     freeze(model, parts)
     inputs = model_batch(processor, coloured_rows(1, turns=2))
+    model.train()  # as it learns: the head at the labels alone
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         loss = model(**inputs, use_cache=False).loss
         if parts:
@@ -62,5 +63,6 @@ def test_a_text_only_sample_needs_no_vision_and_packing_changes_nothing():
     packed = {
         "input_ids": torch.cat([inputs["input_ids"].repeat(1, 2), torch.full((1, 3), processor.pad_token_id)], dim=1),
         "position_ids": torch.cat([torch.arange(length).repeat(2), torch.arange(3)])[None],
+        "labels": torch.cat([inputs["labels"].repeat(1, 2), torch.full((1, 3), -100)], dim=1),
     }
     assert counter.count(packed) == (0, 2 * alone.language)

@@ -25,7 +25,9 @@ from pipelines.training.scores import (
     write_score,
 )
 
-IDENTITY = RunIdentity(data=["d"], seed=0, global_batch=8, length_group=8, train_parts=["projector"], precision="fp32")
+IDENTITY = RunIdentity(
+    data=["d"], seed=0, global_batch=8, length_group=8, train_parts=["projector"], precision="fp32", start={}
+)
 LOSS = Measure(data=["split"], max_rows=8, metric="loss", max_new_tokens=4)
 EXACT = LOSS.model_copy(update={"metric": "exact_match"})
 

@@ -18,7 +18,7 @@ from pipelines.training.loop import run_identity, run_uri
 from pipelines.training.lora import add_adapters, is_adapter, merge_adapters
 from pipelines.training.optimization import freeze
 from pipelines.training.settings import LoraSettings, TrainSettings
-from pipelines.training.start import build_learner, build_model, load_processor
+from pipelines.training.start import build_learner, build_model, load_processor, start_identity
 from tests.fixtures.tiny import build_processor, build_tiny_model
 from tests.prepared import coloured_rows, model_batch
 from tests.training import PARTS, check_export, losses, recipe, write_data
@@ -121,7 +121,7 @@ def _refuses_another_rank(settings: TrainSettings) -> None:
     for changed in (LoraSettings(rank=8, alpha=16.0, dropout=0.1), None):
         other = settings.model_copy(update={"lora": changed})
         with pytest.raises(CheckpointError, match=r"lora was \{'rank': 4, .* and is now (\{'rank': 8, |None)"):
-            refuse_changed_run(run_uri(settings.run), run_identity(other, manifests))
+            refuse_changed_run(run_uri(settings.run), run_identity(other, manifests, start_identity(other.model)))
 
 
 def _check_plain_export(settings: TrainSettings, prepared: Path) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from flashsloth import FlashSlothForConditionalGeneration
 from pipelines.training.host import Request
 from pipelines.training.start import build_model, load_processor
 from tests.training import NUM_STEPS, check_export, losses, recipe, write_data
-from tests.training_ranks import count_tower_forwards, train_on
+from tests.training_ranks import train_on
 
 
 @pytest.fixture(scope="module")
@@ -67,27 +67,6 @@ def test_the_same_number_of_workers_goes_on_bit_for_bit_and_to_another_stage_wit
     cut.deepspeed.stage = 3
     assert "(step 3, every file verified" in train_on(2, cut, tmp_path / "logs")
     np.testing.assert_allclose(list(losses(cut).values()), list(losses(whole).values()), rtol=1e-5)
-
-
-def test_text_only_micro_batches_cost_no_tower_forward(prepared: Path, tmp_path: Path) -> None:
-    """Step 2 mixes: ranks with images and without. Step 3 has no image at all, step 1 nothing else."""
-    frozen = ["pooling", "projector", "query_tokens", "embedded_query", "language_model"]
-    for stage, without_any_image, beside_images in ((2, 0, 0), (3, 0, 1)):
-        settings = recipe(
-            prepared,
-            tmp_path / str(stage),
-            deepspeed__stage=stage,
-            train_parts=frozen,
-            max_steps=3,
-            batch__micro_size=2,
-        )
-        said = train_on(2, settings, tmp_path / "logs", trouble=count_tower_forwards)
-        assert "step 1 rank 0: images [2, 2], tower ran 2 times" in said
-        assert "step 2 rank 1: images [2, 2], tower ran 2 times" in said
-        # One of its two micro-batches has no image; under ZeRO-3 the tower runs for the other rank's sake.
-        assert f"step 2 rank 0: images [0, 2], tower ran {1 + beside_images} times" in said
-        for rank in (0, 1):
-            assert f"step 3 rank {rank}: images [0], tower ran {without_any_image} times" in said
 
 
 def test_zero_3_exports_what_it_trained_and_nothing_else(prepared: Path, tmp_path: Path) -> None:

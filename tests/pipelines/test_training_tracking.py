@@ -19,9 +19,11 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 from pipelines.report.interview import free_port
 from pipelines.training.launch import check_inputs
-from pipelines.training.metrics import RunLog, read_metrics
+from pipelines.training.metrics import RunLog, log_late_scores, read_metrics
+from pipelines.training.scores import ScoreLog
 from pipelines.training.settings import TrackingSettings, TrainSettings
 from pipelines.training.tracking import Tracker, TrackingError, check_tracking, open_trackers, run_word
+from tests.pipelines.test_training_keeper import score
 from tests.pipelines.test_training_metrics import figures
 from tests.training import recipe, write_data
 from tests.training_ranks import train_on
@@ -107,6 +109,49 @@ def test_a_resumed_run_goes_on_as_the_same_run_at_both(prepared: Path, tmp_path:
         [(1, 1.0), (2, 2.0), (3, 3.0)],
         [(3, 30.0), (4, 40.0)],
     ]
+
+
+def test_scores_of_evaluated_checkpoints_are_logged_as_they_come_and_after_the_end(
+    prepared: Path, tmp_path: Path, store: str
+) -> None:
+    ours = settings(prepared, tmp_path / "runs", mlflow={"uri": store}, wandb={"mode": "offline"})
+    uri = f"{ours.run.storage}/run"
+
+    def trackers(folder: Path) -> list[Tracker]:
+        return open_trackers(ours, uri, folder)
+
+    found = ScoreLog(uri)
+    with pytest.raises(RuntimeError, match="killed"), RunLog(uri, 6, 0, trackers, evaluated=True) as first:
+        for step in (1, 2, 3):
+            first.write(step, figures(1.0))
+        found.add(score(2, 0.5, exact=0.25), is_best=True)
+        found.add(score(4, 0.4, exact=0.5), is_best=True)  # of a checkpoint that this attempt does not come to
+        raise RuntimeError("killed")
+    # The next attempt goes on from step 2, whose score it has; that of step 4 it logs when it is there.
+    with RunLog(uri, 6, 2, trackers, evaluated=True) as second:
+        for step in (3, 4, 5, 6):
+            second.write(step, figures(1.0))
+    found.add(score(6, 0.3, exact=0.75), is_best=True)
+    log_late_scores(uri, trackers)
+    log_late_scores(uri, lambda folder: pytest.fail("there is nothing left to tell"))
+
+    lines = [json.loads(line) for line in (tmp_path / "runs/run/metrics.jsonl").read_text().splitlines()]
+    scores = [(line["step"], line["checkpoint"], line["evaluation"]) for line in lines if "evaluation" in line]
+    expected = {2: (0.5, 0.25), 4: (0.4, 0.5), 6: (0.3, 0.75)}
+    assert scores == [
+        (step, score(step, 0.0).checkpoint, {"loss": loss, "exact_match": exact})
+        for step, (loss, exact) in expected.items()
+    ]
+    assert [line["step"] for line in read_metrics(uri)] == [1, 2, 3, 4, 5, 6]
+    (run,) = mlflow_runs(store)
+    client = MlflowClient(tracking_uri=store)
+    for number, name in enumerate(("evaluation/loss", "evaluation/exact_match")):
+        history = client.get_metric_history(run.info.run_id, name)
+        assert [(point.step, point.value) for point in history] == [(s, each[number]) for s, each in expected.items()]
+    assert run.info.status == "FINISHED"
+    files = sorted((tmp_path / "runs" / "run" / "wandb").glob("offline-run-*/*.wandb"))
+    told = [row for file in files for row in wandb_history(file)[1] if "evaluation/loss" in row]
+    assert [(row["step"], row["evaluation/loss"]) for row in told] == [(s, loss) for s, (loss, _) in expected.items()]
 
 
 def test_a_real_run_tells_its_trackers_what_it_logs(prepared: Path, tmp_path: Path) -> None:

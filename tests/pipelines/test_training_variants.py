@@ -95,7 +95,7 @@ def _check_optimizer_bytes(run: WorkerRun) -> None:
     settings = run.settings.model_copy(update={"deepspeed": DeepSpeedSettings(stage=run.stage)})
     model = run.engine.module
     learning = sum(getattr(each, "ds_numel", each.numel()) for each in model.parameters() if each.requires_grad)
-    need = estimate(settings, model.config, Sizes(learning, learning), Work(1, 1), run.stage, run.world_size)
+    need = estimate(settings, model.config, Sizes(learning, learning), Work(1, 1, 1), run.stage, run.world_size)
     np.testing.assert_allclose(held, need.optimizer, rtol=0.01, err_msg=f"ZeRO-{run.stage}, {run.world_size} workers")
 
 
