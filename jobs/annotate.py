@@ -14,10 +14,7 @@ import argparse
 import sys
 
 from pipelines import storage
-from pipelines.annotate import annotate
-from pipelines.annotation.parts import PART_FOLDER
 from pipelines.annotation.settings import AnnotateSettings
-from pipelines.annotation.verify import verify
 from pipelines.exit_status import exit_status
 from pipelines.settings import load_settings
 
@@ -30,6 +27,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _annotate(arguments: list[str]) -> int:
     settings = load_settings(AnnotateSettings, arguments, prog="annotate.py")
+    # Here and below: the model's libraries take seconds to import; --help and a misspelt flag are answered before.
+    from pipelines.annotate import annotate
+    from pipelines.annotation.parts import PART_FOLDER
+
     manifest = annotate(settings)
     if manifest is None:
         print("dry run: nothing is written")
@@ -48,6 +49,8 @@ def _verify(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="annotate.py verify", description=text)
     parser.add_argument("folder", metavar="FOLDER", help="an annotated folder or URI")
     folder = parser.parse_args(arguments).folder
+    from pipelines.annotation.verify import verify
+
     faults = verify(folder)
     for fault in faults:
         print(f"error: {fault}", file=sys.stderr)

@@ -14,24 +14,11 @@ from typing import Any
 from pydantic import AliasChoices, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from pipelines import storage
-from pipelines.evaluation import (
-    CheckpointAnswerer,
-    answer_here,
-    answer_on_ray,
-    check_processor,
-    judge,
-    majority_answers,
-    read_questions,
-    summarize,
-    with_progress,
-    write_evaluation,
-)
 from pipelines.exit_status import exit_status
 from pipelines.ray_session import start_ray
 from pipelines.settings import JobSettings, load_settings
 from pipelines.shards.reader import ShardedDataset
 from pipelines.training.settings import ModelSettings
-from pipelines.training.start import check_encoder
 
 
 class EvaluateSettings(JobSettings):
@@ -71,12 +58,16 @@ def main(argv: list[str] | None = None) -> int:
 
 def evaluate(settings: EvaluateSettings) -> int:
     """Answer, judge, write, print."""
+    # The model's libraries take seconds to import; --help and a misspelt flag are answered before.
+    from pipelines import evaluation
+    from pipelines.training.start import check_encoder
+
     started = time.monotonic()
     dataset = ShardedDataset(settings.data, cache_dir=settings.cache_dir)
     checkpoint = storage.resolve(settings.checkpoint)
-    check_processor(checkpoint, dataset)
+    evaluation.check_processor(checkpoint, dataset)
     check_encoder(ModelSettings(checkpoint=checkpoint), {dataset.folder: dataset.manifest})
-    questions = read_questions(dataset, range(min(settings.limit or len(dataset), len(dataset))))
+    questions = evaluation.read_questions(dataset, range(min(settings.limit or len(dataset), len(dataset))))
     arguments: dict[str, Any] = {
         "checkpoint": checkpoint,
         "folder": dataset.folder,
@@ -87,23 +78,23 @@ def evaluate(settings: EvaluateSettings) -> int:
     if settings.num_workers:
         start_ray()
         workers = (settings.num_workers, settings.cpus_per_worker, settings.gpus_per_worker)
-        answers = answer_on_ray(questions, settings.batch_size, *workers, arguments)
+        answers = evaluation.answer_on_ray(questions, settings.batch_size, *workers, arguments)
     else:
-        answers = answer_here(CheckpointAnswerer(**arguments), questions, settings.batch_size)
-    judged = judge(dataset, questions, with_progress(answers, len(questions)))
+        answers = evaluation.answer_here(evaluation.CheckpointAnswerer(**arguments), questions, settings.batch_size)
+    judged = evaluation.judge(dataset, questions, evaluation.with_progress(answers, len(questions)))
     baseline = questions
     if settings.majority_from:
-        baseline = read_questions(ShardedDataset(settings.majority_from, cache_dir=settings.cache_dir))
+        baseline = evaluation.read_questions(ShardedDataset(settings.majority_from, cache_dir=settings.cache_dir))
     summary = {
         "checkpoint": checkpoint,
         "data": dataset.folder,
         "manifest": dataset.manifest.identity(),
         "blank_images": settings.blank_images,
         "majority_from": settings.majority_from or "the evaluated split",
-        **summarize(judged, majority_answers(baseline)),
+        **evaluation.summarize(judged, evaluation.majority_answers(baseline)),
         "seconds": time.monotonic() - started,
     }
-    write_evaluation(storage.resolve(settings.output), judged, summary)
+    evaluation.write_evaluation(storage.resolve(settings.output), judged, summary)
     print_summary(summary)
     return 0
 

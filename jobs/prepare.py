@@ -17,12 +17,7 @@ from collections.abc import Callable, Iterable
 
 from pipelines import storage
 from pipelines.exit_status import exit_status
-from pipelines.preparation.collection import find_garbage, remove
-from pipelines.preparation.data_receipt import RECEIPT_PAGE
-from pipelines.preparation.inspection import Inspector
 from pipelines.preparation.settings import PrepareSettings
-from pipelines.preparation.verify import verify
-from pipelines.prepare import prepare
 from pipelines.settings import load_settings
 
 
@@ -35,6 +30,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _prepare(arguments: list[str]) -> int:
     settings = load_settings(PrepareSettings, arguments, prog="prepare.py")
+    # Here and below: the model's libraries take seconds to import; --help and a misspelt flag are answered before.
+    from pipelines.preparation.data_receipt import RECEIPT_PAGE
+    from pipelines.prepare import prepare
+
     manifest = prepare(settings)
     if manifest is None:
         print("dry run: nothing is written")
@@ -48,6 +47,8 @@ def _prepare(arguments: list[str]) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
+    from pipelines.preparation.verify import verify
+
     faults = verify(arguments.folder)
     for fault in faults:
         print(f"error: {fault}", file=sys.stderr)
@@ -57,6 +58,8 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
+    from pipelines.preparation.inspection import Inspector
+
     inspector = Inspector(arguments.folder)
     if inspector.note:
         print(inspector.note, file=sys.stderr)
@@ -70,6 +73,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _gc(arguments: argparse.Namespace) -> int:
+    from pipelines.preparation.collection import find_garbage, remove
+
     garbage = find_garbage(arguments.folder, arguments.older_than)
     for each in garbage:
         print(f"  {each.path}  {each.bytes:,} bytes, {each.age_hours:,.1f} h old")

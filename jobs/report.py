@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 
-from pipelines.report.run_page import write_run_report
 from pipelines.settings import JobSettings, load_settings
 
 
@@ -22,6 +21,8 @@ class ReportSettings(JobSettings):
 def main(argv: list[str] | None = None) -> int:
     """Parse, read, write."""
     settings = load_settings(ReportSettings, argv, prog="report.py")
+    from pipelines.report.run_page import write_run_report  # takes seconds; --help and a misspelt flag do without
+
     try:
         print(f"the report is {write_run_report(settings.run)}")
     except FileNotFoundError as error:

@@ -17,15 +17,6 @@ import sys
 
 from pipelines.ray_session import start_ray
 from pipelines.settings import load_settings
-from pipelines.training.forecast import forecast
-from pipelines.training.launch import (
-    TrainingError,
-    TrainingStopped,
-    check_cluster,
-    check_inputs,
-    resolve_settings,
-    train,
-)
 from pipelines.training.settings import TrainSettings
 
 STOPPED_EXIT_CODE = 75
@@ -34,22 +25,27 @@ STOPPED_EXIT_CODE = 75
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, check, run, report."""
-    settings = resolve_settings(load_settings(TrainSettings, argv, prog="train.py"))
+    settings = load_settings(TrainSettings, argv, prog="train.py")
+    # torch and DeepSpeed take seconds to import; --help and a misspelt flag are answered before.
+    from pipelines.training import launch
+    from pipelines.training.forecast import forecast
+
+    settings = launch.resolve_settings(settings)
     try:
-        check_inputs(settings)
+        launch.check_inputs(settings)
         if settings.dry_run:
             print(f"{forecast(settings)}\ndry run: nothing is trained")
             return 0
         start_ray(num_cpus=None)
-        check_cluster(settings.scaling, settings.evaluation)
-        exported = train(settings)
+        launch.check_cluster(settings.scaling, settings.evaluation)
+        exported = launch.train(settings)
     except KeyboardInterrupt:
         print("\nstopped; run the same command again to go on from the last checkpoint", file=sys.stderr)
         return 130
-    except TrainingStopped as stop:
+    except launch.TrainingStopped as stop:
         print(f"{stop}; run the same command again to go on from there", file=sys.stderr)
         return STOPPED_EXIT_CODE
-    except (ValueError, OSError, TrainingError) as error:
+    except (ValueError, OSError, launch.TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"trained {settings.run.name}: the model is in {exported}")

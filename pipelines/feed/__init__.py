@@ -11,10 +11,14 @@ Everything before 4 is arithmetic on row numbers, so batch k of epoch e holds th
 the micro-batch or the number of restarts: a `Position` of three numbers resumes exactly.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from pipelines.feed.batches import Feed, GlobalBatch, Mixture, Position
-from pipelines.feed.loader import BatchLoader, MicroBatch, model_inputs
 from pipelines.feed.rows import PreparedRows
 from pipelines.feed.sharing import BudgetError, TokenBudget, deal
+
+if TYPE_CHECKING:
+    from pipelines.feed.loader import BatchLoader, MicroBatch, model_inputs
 
 __all__ = [
     "BatchLoader",
@@ -29,3 +33,12 @@ __all__ = [
     "deal",
     "model_inputs",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The loader, when it is first asked for: it needs torch and the model, settings and arithmetic do not."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from pipelines.feed import loader
+
+    return getattr(loader, name)
