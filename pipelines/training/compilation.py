@@ -1,7 +1,8 @@
 """`torch.compile` for the layers of a model, one by one: they are alike, so that few are compiled, and no name changes.
 
-What it gains: between the matrix products a Phi layer does its work element by element (`gelu_new` alone is eight
-passes over the widest tensor), and a compiled layer does it in one or two.
+What it gains: between the matrix products a Phi layer does its work element by element (turning queries and keys alone
+is a dozen passes over them), and a compiled layer does it in a few. Attention over packed samples stays outside of what
+is compiled: their lengths are others in every micro-batch.
 
 Where a layer is recomputed in the backward pass, its attention and its MLP are compiled apart: checkpointing stays
 outside, as a function that the compiler would be given anew at every call. ZeRO-3 is refused by the settings: it

@@ -71,8 +71,9 @@ class TowerLog:
                 module.register_forward_hook(self._count)
 
     def _count(self, module: nn.Module, arguments: Any, output: Any) -> None:
-        inner = module.in_features if isinstance(module, nn.Linear) else np.prod(module.kernel_size) * 3
-        self.operations[-1] += int(2 * output.numel() * inner)
+        assert isinstance(module, (nn.Linear, nn.Conv2d))
+        inner = module.in_features if isinstance(module, nn.Linear) else 3 * module.kernel_size[0] ** 2
+        self.operations[-1] += 2 * output.numel() * inner
 
 
 def measure(rank: int, variants: dict[str, dict[str, Any]], answer: str) -> None:

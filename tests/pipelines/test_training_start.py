@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,19 @@ from safetensors.torch import load_file, save_file
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothImageProcessor, FlashSlothProcessor
 from pipelines.encode import encoder_facts
 from pipelines.shards.manifest import Manifest
-from pipelines.training.export import write_export
-from pipelines.training.settings import ModelSettings
-from pipelines.training.start import StartError, build_model, check_encoder, check_start, load_processor
+from pipelines.training.checkpoint import CheckpointError, CheckpointManifest, Progress
+from pipelines.training.export import MANIFEST_NAME, write_export
+from pipelines.training.launch import check_inputs
+from pipelines.training.loop import run_identity
+from pipelines.training.settings import Backbones, ModelSettings, TrainSettings
+from pipelines.training.start import (
+    StartError,
+    build_model,
+    check_encoder,
+    check_start,
+    load_processor,
+    start_identity,
+)
 from tests.prepared import coloured_rows, write_prepared
 from tests.training import TINY, published_recipe, recipe, write_data
 from tests.training_ranks import train_on
@@ -106,6 +117,41 @@ def test_features_of_another_tower_are_refused_naming_both(tmp_path, processor, 
     with pytest.raises(StartError, match="tower of preset tiny starts from random numbers"):
         check_encoder(ModelSettings(preset="tiny", processor="p"), prepared)
     check_encoder(ModelSettings(preset="tiny", processor="p"), {"p": prepared[str(tmp_path / "pixels")]})
+
+
+def test_a_run_does_not_go_on_from_another_start_and_says_which(tmp_path: Path) -> None:
+    prepared = write_data(tmp_path / "prepared")
+    settings = recipe(prepared, tmp_path)
+    processor = load_processor(settings.model)
+    for seed, name in enumerate(("begin", "other")):
+        model = build_model(settings.model, processor, "fp32", seed)
+        write_export(str(tmp_path / name), model, model.state_dict(), processor, step=4)
+    # The same weights, in another place and without the list of what an export holds.
+    shutil.copytree(tmp_path / "begin", tmp_path / "copy")
+    (tmp_path / "copy" / MANIFEST_NAME).unlink()
+
+    def starting(name: str) -> TrainSettings:
+        return recipe(prepared, tmp_path, model={"checkpoint": str(tmp_path / name)})
+
+    manifests = [Manifest.load(folder) for folder in settings.data.folders]
+    identity = run_identity(starting("begin"), manifests, start_identity(starting("begin").model))
+    saved = CheckpointManifest(progress=Progress(step=2), updates=2, run=identity, world_size=1, files=[])
+    (tmp_path / "run" / "step-00000002-aa").mkdir(parents=True)
+    (tmp_path / "run" / "step-00000002-aa" / "checkpoint.json").write_text(saved.model_dump_json())
+    check_inputs(starting("begin"))
+    check_inputs(starting("copy"))
+    was, now = (start_identity(starting(name).model)["checkpoint"] for name in ("begin", "other"))
+    with pytest.raises(
+        CheckpointError, match=rf"start was {{'checkpoint': '{was}'}} and is now {{'checkpoint': '{now}'"
+    ):
+        check_inputs(starting("other"))
+    with pytest.raises(
+        CheckpointError, match=r"start was {'checkpoint': .* and is now {'preset': 'tiny', 'overrides': "
+    ):
+        check_inputs(settings)
+    backbones = Backbones(language=str(tmp_path / "begin"), vision="google/siglip-so400m-patch14-384")
+    found = start_identity(ModelSettings(backbones=backbones))
+    assert found == {"language": was, "vision": "google/siglip-so400m-patch14-384"}
 
 
 def test_zero_3_starts_from_no_checkpoint_with_missing_or_unknown_weights(tmp_path: Path) -> None:
