@@ -6,6 +6,9 @@ import signal
 # Before anything imports torch: `make test` runs two processes on two cores, each with jobs of its own, and four busy
 # threads of tiny matrices on two cores wait for each other more than they compute.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Each Ray that a test starts would start a worker per CPU beforehand, and most tests need others, with an environment.
+os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+os.environ.setdefault("RAY_enable_worker_prestart", "0")
 
 pytest_plugins = [
     "tests.fixtures.ray_session",

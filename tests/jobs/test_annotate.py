@@ -120,24 +120,28 @@ def test_captions_of_a_model_are_prepared_for_its_next_training(
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_session")
-def test_killed_actor_and_killed_drivers_cost_no_row_and_double_none(corpus: Path) -> None:
+def test_pool_grows_and_killed_actor_and_drivers_cost_no_row_and_double_none(corpus: Path) -> None:
     """An actor dies amid a chunk, then its driver; two more drivers run at once, and one of them dies."""
     settings = annotate_settings(corpus, workers={"min_workers": 1, "max_workers": 2})
     address = ray.get_runtime_context().gcs_address
-    image = Blocked(corpus / "images" / "13.jpg", 13)
+    image = Blocked(corpus / "images" / "1.jpg", 1)
     driver = start_driver("annotate", settings, corpus, address)
     try:
-        wait(lambda: num_parts(settings.output) >= 2, "the chunks before the image that waits", 180)
-        [actor, *_] = wait(lambda: workers(psutil.Process()), "an actor")
-        actor.kill()
-        wait(lambda: [each for each in workers(psutil.Process()) if each.pid != actor.pid], "another actor", 180)
+        [first] = wait(lambda: workers(psutil.Process())[:1], "an actor", 180)
+        # It has three chunks and cannot go on with the first of them: only another one can do the rest.
+        wait(lambda: num_parts(settings.output) == 3, "the chunks that the first actor has not begun", 180)
+        known = {actor.pid for actor in workers(psutil.Process())}
+        assert len(known) == 2 and first.pid in known
+        first.kill()
+        wait(lambda: {actor.pid for actor in workers(psutil.Process())} - known, "a third actor", 180)
+        assert driver.poll() is None
     finally:
         driver.kill()
         driver.wait()
     image.release()
     assert not storage.exists(f"{settings.output}/manifest.json")
     kept = {path: path.stat().st_mtime_ns for path in Path(settings.output, "parts", "corpus").glob("*.parquet")}
-    assert 2 <= len(kept) < 6
+    assert 3 <= len(kept) < 6
 
     drivers = [
         start_driver("annotate", settings, corpus, address, r"receipts/", "after"),
@@ -148,22 +152,6 @@ def test_killed_actor_and_killed_drivers_cost_no_row_and_double_none(corpus: Pat
     assert drivers[1].returncode == 0, outs[1]
     check_one_row_each(settings.output)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept  # their rows were not asked again
-
-
-@pytest.mark.ray
-@pytest.mark.usefixtures("ray_session")
-def test_pool_grows_while_work_is_waiting(corpus: Path) -> None:
-    """The first worker has three chunks and cannot go on with the first of them: only another one can do the rest."""
-    settings = annotate_settings(corpus, workers={"min_workers": 1, "max_workers": 2})
-    image = Blocked(corpus / "images" / "1.jpg", 1)
-    driver = start_driver("annotate", settings, corpus, ray.get_runtime_context().gcs_address)
-    try:
-        wait(lambda: num_parts(settings.output) == 3, "the chunks that the first worker has not begun", 180)
-        assert driver.poll() is None
-    finally:
-        image.release()
-        driver.kill()
-        driver.wait()
 
 
 @pytest.mark.ray
