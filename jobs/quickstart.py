@@ -21,7 +21,13 @@ from pydantic import NonNegativeInt, PositiveInt
 from flashsloth import FlashSlothImageProcessor, FlashSlothProcessor
 from pipelines.ray_session import one_cluster_for_jobs
 from pipelines.report.contents import Goal, Picture, Report, Step, TypeScore, score_replies
-from pipelines.report.interview import converse, free_port, wait_until_healthy
+from pipelines.report.interview import (
+    converse,
+    free_port,
+    read_conversations,
+    wait_until_healthy,
+    write_conversations,
+)
 from pipelines.report.page import write_report
 from pipelines.report.sources import data_facts, pictures_of, replies_of, stage_of
 from pipelines.report.templates import duration
@@ -106,6 +112,7 @@ class Quickstart:
         self.processor = self.out / "processor"
         self.runs = self.out / "runs"
         self.checkpoint = self.runs / "instruct" / "export"
+        self.served = self.out / "served.json"
 
     def run(self) -> int:
         """From nothing to the report."""
@@ -118,8 +125,8 @@ class Quickstart:
             self.tune()
             self.evaluate("pictures")
             self.evaluate("blank", "--blank_images")
-            served = self.steps.always("serve and ask", readable(self.serve_command(8000)), lambda: self.ask(corpus))
-        report = self.report(corpus, served)
+            self.serve(corpus)
+        report = self.report(corpus)
         print(summary(report, self.out / "report.html"))
         return 0 if all(goal.is_met for goal in report.goals) else 1
 
@@ -175,6 +182,13 @@ class Quickstart:
         """The server of the tuned checkpoint."""
         return job("serve", "--checkpoint", str(self.checkpoint), "--port", str(port))
 
+    def serve(self, corpus: DrawnCorpus) -> None:
+        """A few held-out pictures -> what the running server says to them."""
+        command = readable(self.serve_command(8000))  # as anyone would type it; below it has a port that is free
+        self.steps.call(
+            "serve and ask", command, lambda: write_conversations(self.served, self.ask(corpus)), [self.served]
+        )
+
     def ask(self, corpus: DrawnCorpus) -> list[Picture]:
         """Start the server, ask it turn by turn about a few held-out pictures, and stop it."""
         rows = json.loads(corpus.heldout.read_text("utf-8"))[-self.settings.pictures_asked :]
@@ -189,7 +203,7 @@ class Quickstart:
             print_conversation(picture)
         return served
 
-    def report(self, corpus: DrawnCorpus, served: list[Picture]) -> Report:
+    def report(self, corpus: DrawnCorpus) -> Report:
         """Everything measured, on one page."""
         replies, blank = (replies_of(self.out / "evaluation" / name) for name in ("pictures", "blank"))
         overall, scores = score_replies([reply for _, reply in replies], [reply for _, reply in blank])
@@ -209,7 +223,7 @@ class Quickstart:
             scores=scores,
             pictures=shown,
             failures=wrong[:NUM_FAILURES],
-            served=served,
+            served=read_conversations(self.served, corpus.images),
             data={name: data_facts(self.out / "prepared" / name) for name in ("captions", "instruct", "heldout")},
             settings={
                 "quickstart": dump_settings(self.settings),

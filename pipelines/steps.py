@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 # How long children get to end by themselves, per signal: Ray takes a few seconds to take its processes down.
 PATIENCE_S = 20.0
@@ -71,14 +70,6 @@ class Steps:
     def call(self, name: str, label: str, work: Callable[[], object], outputs: Sequence[Path]) -> None:
         """Do some work in this process, under the same rules; `label` stands for its command."""
         self._once(name, label, [], outputs, work)
-
-    def always(self, name: str, label: str, work: Callable[[], Any]) -> Any:
-        """Do some work whether or not it was done before, and return what it returns."""
-        print(f"\n[{name}] {label}", flush=True)
-        started = time.monotonic()
-        result = work()
-        self.records.append(StepRecord(name, label, time.monotonic() - started, ran=True))
-        return result
 
     def _once(
         self, name: str, label: str, recipes: Sequence[str], outputs: Sequence[Path], work: Callable[[], object]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import json
 import socket
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from subprocess import Popen
 from typing import Any
@@ -61,6 +63,23 @@ def converse(client: OpenAI, model: str, row: Mapping[str, Any], images: Path) -
             break  # a turn without an answer is no conversation that could go on
         messages.append({"role": "assistant", "content": said})
     return Picture(row["id"], data, replies)
+
+
+def write_conversations(path: Path, pictures: Sequence[Picture]) -> None:
+    """Keep what was asked and said as JSON, without the pictures themselves."""
+    kept = [{"name": picture.name, "replies": [asdict(reply) for reply in picture.replies]} for picture in pictures]
+    path.write_text(json.dumps(kept, indent=1), "utf-8")
+
+
+def read_conversations(path: Path, images: Path) -> list[Picture]:
+    """What `write_conversations` kept, with the pictures from the folder `images`."""
+    kept = json.loads(path.read_text("utf-8"))
+    return [
+        Picture(
+            each["name"], (images / f"{each['name']}.jpg").read_bytes(), [Reply(**reply) for reply in each["replies"]]
+        )
+        for each in kept
+    ]
 
 
 def _is_healthy(address: str) -> bool:
