@@ -7,7 +7,7 @@ some receipts; the next run with the same settings does the chunks that have non
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from flashsloth import FlashSlothProcessor
 from pipelines import storage
@@ -15,11 +15,12 @@ from pipelines.encode import EncoderFacts, encoder_facts
 from pipelines.preparation.chain import run_chunks
 from pipelines.preparation.data_receipt import LastRun
 from pipelines.preparation.estimate import estimate_bytes, image_bytes
-from pipelines.preparation.indexing import plan_chunks
+from pipelines.preparation.image_pins import ImagePins
+from pipelines.preparation.indexing import pin_images, plan_chunks
 from pipelines.preparation.ledger import Ledger
 from pipelines.preparation.plan import Plan, Terms, check_terms, code_identity, load_plan
 from pipelines.preparation.processor import load_processor
-from pipelines.preparation.row_images import source_files
+from pipelines.preparation.row_images import SourceFiles, source_files
 from pipelines.preparation.settings import CONFIG_NAME, PrepareSettings
 from pipelines.preparation.sources import PlanError, source_terms
 from pipelines.preparation.work_loop import work_off
@@ -29,8 +30,8 @@ from pipelines.shards.manifest import MANIFEST_NAME, Manifest
 from pipelines.shards.receipts import Receipt
 
 # A worker holds a chunk twice (samples, shard). Larger ones leave workers idle at the end, while the last is done;
-# smaller ones cost the driver, which spends about 25 ms on each.
-_BYTES_PER_CHUNK = 50_000_000
+# smaller ones cost the driver, which spends some milliseconds on each, and 20 where Ray Data is needed for a tower.
+_BYTES_PER_CHUNK = {"uint8": 25_000_000, "float16": 50_000_000, "int8": 50_000_000}
 _ROWS_PER_CHUNK = 500  # of encoded images: about 75 MB
 
 
@@ -56,20 +57,30 @@ def prepare(settings: PrepareSettings) -> Manifest | None:
         return manifest
     start_ray()
     files = source_files(terms.sources)
-    plan = plan or Plan(terms=terms, chunks=plan_chunks(terms.sources, files, terms.chunk_rows))
+    is_new = plan is None
+    plan, pins = make_plan(terms, files) if plan is None else (plan, plan.load_pins(output))
     print(plan.describe(f"images as {terms.payload}"), flush=True)
     if settings.dry_run:
         print(f"about {estimate_bytes(plan, files) / 1e9:,.3f} GB of shards, by a look at a few chunks", flush=True)
         return None
+    if is_new and pins:
+        pins.store(output)
     ledger = Ledger(output, plan, settings.max_quarantined_share)
     storage.write_bytes(storage.join(output, CONFIG_NAME), dump_settings(settings).encode())
     begun_with, start = ledger.num_done, time.monotonic()
 
     def run(pending: list[int]) -> Iterator[Receipt]:
-        return run_chunks(plan, pending, files, output, processor, settings.encoder)
+        return run_chunks(plan, pending, files, output, processor, settings.encoder, pins)
 
     work_off(ledger, run)
     return ledger.publish(LastRun(rows=ledger.num_done - begun_with, seconds=time.monotonic() - start))
+
+
+def make_plan(terms: Terms, files: Sequence[SourceFiles]) -> tuple[Plan, ImagePins | None]:
+    """The plan of `terms` as its inputs are now, and its pins."""
+    chunks = plan_chunks(terms.sources, files, terms.chunk_rows)
+    pins = pin_images(terms.sources, files, chunks) if terms.pin_images else None
+    return Plan(terms=terms, chunks=chunks, pins=pins.facts() if pins else None), pins
 
 
 def make_terms(settings: PrepareSettings, processor: FlashSlothProcessor) -> Terms:
@@ -88,6 +99,7 @@ def make_terms(settings: PrepareSettings, processor: FlashSlothProcessor) -> Ter
         image_shape=shape,
         image_dtype=dtype,
         share_images=settings.share_images,
+        pin_images=settings.pin_images,
         processor_identity=processor.identity(),
         encoder_identity=tower.identity if tower else None,
         code=code_identity(),
@@ -111,4 +123,4 @@ def _image_shape(
 
 def _chunk_rows(shape: list[int] | None, dtype: str | None) -> int:
     each = image_bytes(shape, dtype)
-    return min(_ROWS_PER_CHUNK, max(1, _BYTES_PER_CHUNK // each)) if each else _ROWS_PER_CHUNK
+    return min(_ROWS_PER_CHUNK, max(1, _BYTES_PER_CHUNK[dtype] // each)) if each and dtype else _ROWS_PER_CHUNK

@@ -11,7 +11,8 @@ import pyarrow as pa
 from pipelines import storage
 from pipelines.preparation.chain import FeatureActor, Work, write_chunk
 from pipelines.preparation.ledger import Ledger
-from pipelines.preparation.plan import Plan, Terms, check_rows, index_files, scans
+from pipelines.preparation.pinning import find_pins
+from pipelines.preparation.plan import Plan, Terms, check_rows, index_files, load_plan, scans
 from pipelines.preparation.processor import load_processor
 from pipelines.preparation.row_images import SourceFiles
 from pipelines.preparation.samples import SampleMaker
@@ -50,11 +51,18 @@ def begin(settings: PrepareSettings) -> tuple[Ledger, SampleMaker]:
     lots = [index_files(lot, terms.sources, paths, terms.chunk_rows) for lot in scans(terms.sources)]
     chunks = [chunk for lot in lots for chunk in lot]
     check_rows(terms.sources, chunks)
-    ledger = Ledger(settings.output, Plan(terms=terms, chunks=chunks), settings.max_quarantined_share)
-    storage.write_bytes(storage.join(settings.output, CONFIG_NAME), dump_settings(settings).encode())
     files = [SourceFiles(source.path, source.image_root) for source in terms.sources]
+    plan, pins = load_plan(settings.output), None
+    if plan is None:
+        pins = find_pins(terms.sources, files, chunks) if terms.pin_images else None
+        plan = Plan(terms=terms, chunks=chunks, pins=pins.facts() if pins else None)
+        if pins:
+            pins.store(settings.output)
+    ledger = Ledger(settings.output, plan, settings.max_quarantined_share)
+    storage.write_bytes(storage.join(settings.output, CONFIG_NAME), dump_settings(settings).encode())
+    pins = plan.load_pins(settings.output)
     store = ImageStore(settings.output) if settings.share_images else None
-    return ledger, SampleMaker(terms, files, processor, store=store)
+    return ledger, SampleMaker(terms, files, processor, store=store, pins=pins)
 
 
 def do_chunk(

@@ -18,7 +18,7 @@ from pipelines.annotation.parts import Answered, PartRow, describe, part_name, s
 from pipelines.annotation.plan import AnnotationPlan, AnnotationTerms
 from pipelines.annotation.questions import ask, row_seed
 from pipelines.preparation.plan import Chunk, read_chunk
-from pipelines.preparation.row_images import SourceFiles, with_images
+from pipelines.preparation.row_images import ImageFolder, SourceFiles, with_images
 from pipelines.preparation.sources import SourceTerms, row_key
 from pipelines.records import Message, Row, RowError
 from pipelines.serving.sampling import Sampling
@@ -86,7 +86,8 @@ class ChunkAnnotator:
         def make(row: Row, image: bytes | RowError | None) -> tuple[list[Message], Any]:
             return self._prompt(source, row_key(source.name, row.position, chunk.repeat), row, image)
 
-        for row, (messages, prompt) in with_images(rows, files.image_root, source.name, make):
+        images = ImageFolder(files.image_root) if files.image_root else None
+        for row, (messages, prompt) in with_images(rows, images, source.name, make):
             key = row_key(source.name, row.position, chunk.repeat)
             if isinstance(prompt, Answered):
                 answer: Future[Answered] = Future()

@@ -20,12 +20,14 @@ import pyarrow as pa
 from fsspec import AbstractFileSystem
 
 from pipelines import storage
-from pipelines.preparation.plan import PLAN_NAME
+from pipelines.preparation.image_pins import PIN_FOLDER
+from pipelines.preparation.plan import PLAN_NAME, load_plan
 from pipelines.shards.images import IMAGE_FOLDER, image_keys, image_name
 from pipelines.shards.manifest import MANIFEST_NAME
 from pipelines.shards.receipts import RECEIPT_FOLDER, Receipt
 from pipelines.shards.writer import SHARD_FOLDER
 
+_FOLDERS = (f"{SHARD_FOLDER}/", f"{IMAGE_FOLDER}/", f"{PIN_FOLDER}/")
 _TEMPORARY_SUFFIX = ".part"  # of the files that `storage` writes beside their place
 
 
@@ -72,6 +74,9 @@ def find_garbage(folder: str, older_than_hours: float | None = None) -> list[Gar
     if shared:
         # However old: a worker that finds an image here writes a row that names it, and not the image again.
         named |= _named_images(folder, named) if is_finished else shared
+    if any(_below(root, each.path).startswith(f"{PIN_FOLDER}/") for each in listed):
+        plan = load_plan(folder)
+        named |= {plan.pins.name} if plan and plan.pins else set()
     found = [
         each
         for each in listed
@@ -99,9 +104,9 @@ def remove(folder: str, garbage: list[Garbage]) -> list[Garbage]:
 
 
 def _leftovers(file_system: AbstractFileSystem, root: str, now: float) -> Iterator[Garbage]:
-    """Every shard and shared image, named or not, and every temporary file."""
+    """Every shard, shared image and table of pins, named or not, and every temporary file."""
     for path, facts in file_system.find(root, detail=True).items():
-        is_data = _below(root, path).startswith((f"{SHARD_FOLDER}/", f"{IMAGE_FOLDER}/"))
+        is_data = _below(root, path).startswith(_FOLDERS)
         if is_data or path.endswith(_TEMPORARY_SUFFIX):
             yield Garbage(path, facts["size"], (now - _written_at(facts)) / 3600)
 

@@ -1,12 +1,15 @@
-"""Where the rows of corpora lie, found by tasks, so that no file passes through the driver."""
+"""Where the rows of corpora lie and how their images are, found by tasks: no file passes through the driver."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import ray
 from ray import ObjectRef
 
+from pipelines.preparation.image_pins import ImagePins
+from pipelines.preparation.pinning import find_pins
 from pipelines.preparation.plan import Chunk, check_rows, index_files, scans
 from pipelines.preparation.row_images import SourceFiles
 from pipelines.preparation.sources import SourceTerms
@@ -27,3 +30,16 @@ def plan_chunks(sources: Sequence[SourceTerms], files: Sequence[SourceFiles], ch
     chunks = [chunk for part in parts for chunk in part]
     check_rows(sources, chunks)
     return chunks
+
+
+def pin_images(
+    sources: Sequence[SourceTerms], files: Sequence[SourceFiles], chunks: Sequence[Chunk]
+) -> ImagePins | None:
+    """The state of every image that rows of `chunks` name, as `find_pins` has it."""
+    return find_pins(sources, files, chunks, _in_tasks)
+
+
+def _in_tasks(function: Callable[..., Any], shared: tuple[Any, ...], calls: list[tuple[Any, ...]]) -> list[Any]:
+    task = ray.remote(function)
+    held = [ray.put(each) for each in shared]
+    return ray.get([task.remote(*held, *call) for call in calls])

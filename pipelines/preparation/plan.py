@@ -2,11 +2,9 @@
 
 A folder holds the work of one plan. Whoever comes later with other terms is told which, and writes nothing.
 
-What is pinned are the files of the corpora, with the images that lie in them (parquet, webdataset). An image that a
-row names by its path is not: to know its state would cost a request per image before the work and another when it is
-read, and a plan of 100 million rows would hold gigabytes of it. It needs no pin to be safe. An image is read once,
-whole, in one request, and the row holds what was read, hashed. One that vanishes or breaks meanwhile is quarantined;
-one that is exchanged is in the dataset as it was when its chunk was made, and stays so: what has a receipt is done.
+Its inputs are pinned: the files of the corpora, with the images that lie in them (parquet, webdataset), by fingerprints
+in the terms; images that rows name by their paths by a table beside the plan (`image_pins`). What is read in another
+state, by a resumed run too, ends the work with an error that names it.
 """
 
 from __future__ import annotations
@@ -29,6 +27,7 @@ from pipelines import corpora, records, storage
 from pipelines.corpora import FORMATS, spans
 from pipelines.corpora.spans import Extent, Span
 from pipelines.preparation import sources
+from pipelines.preparation.image_pins import ImagePins, PinFacts
 from pipelines.preparation.sources import PlanError, SourceTerms, check_unchanged, is_taken, row_key
 from pipelines.records import FileFormatError, Row
 from pipelines.shards import images, quantization, schema, writer
@@ -65,6 +64,7 @@ class Terms(SourcedTerms):
     image_dtype: str | None = None
     """Type of every stored array: uint8, float16, int8; None where images stay encoded."""
     share_images: bool = False
+    pin_images: bool = False
     processor_identity: str
     encoder_identity: str | None
     code: str
@@ -135,6 +135,23 @@ class Plan(CorpusPlan):
     """The plan of a preparation."""
 
     terms: Terms
+    pins: PinFacts | None = None
+    """Of the images that rows name; None where there are no such rows, or images may change."""
+
+    def load_pins(self, output: str) -> ImagePins | None:
+        """Its pins, from the folder `output`. Raises: as `ImagePins.load`."""
+        return ImagePins.load(output, self.pins) if self.pins else None
+
+    def describe(self, how: str) -> str:
+        """As of any plan, with a line for the pins."""
+        text = super().describe(how)
+        if self.pins is None:
+            return text
+        there = self.pins.images - self.pins.absent
+        text += f"\n  images that rows name: {there:,} pinned as they are"
+        text += f", {self.pins.absent:,} not there" if self.pins.absent else ""
+        unpinned = f", {self.pins.unpinned:,} not pinned (their folders may not be listed, or their paths are odd)"
+        return text + (unpinned if self.pins.unpinned else "")
 
 
 def check_terms(output: str, planned: SourcedTerms, now: SourcedTerms) -> None:

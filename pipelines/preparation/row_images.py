@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from pipelines import storage
+from pipelines.preparation.image_pins import ImagePins
 from pipelines.preparation.sources import PlanError, SourceTerms
 from pipelines.records import Row, RowError
+from pipelines.storage_states import ObjectFolder
 
 # Images of a chunk are fetched ahead of the one that is asked for: an object store answers in tens of milliseconds.
 _FETCH_THREADS = 16
@@ -40,21 +42,65 @@ def source_files(sources: Sequence[SourceTerms]) -> tuple[SourceFiles, ...]:
     )
 
 
+class ImageFolder:
+    """Where the images of a source lie.
+
+    Args:
+        place: the folder or URI where this process finds them.
+        root: as the source has it.
+        pins: the state that they must be in; None where they may change.
+    """
+
+    def __init__(self, place: str, root: str = "", pins: ImagePins | None = None) -> None:
+        self._objects = ObjectFolder(place)
+        self._root = root
+        self._pins = pins
+
+    @property
+    def is_local(self) -> bool:
+        """Whether they lie on this machine."""
+        return self._objects.is_local
+
+    def read(self, image: str) -> bytes:
+        """The bytes of the file `image` of the folder.
+
+        Raises:
+            RowError: path_not_allowed, image_missing or image_forbidden.
+            PlanError: it is not in the state that is pinned.
+        """
+        check_path(image)
+        try:
+            data, state = self._objects.read(image)
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+            if self._pins:
+                self._pins.check(self._root, image, None)
+            raise RowError("image_missing", f"{image!r}: no such file below {self._objects.uri}") from error
+        except PermissionError as error:
+            raise RowError("image_forbidden", f"{image!r}: may not be read below {self._objects.uri}") from error
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                raise RowError("image_missing", f"{image[:80]!r}...: no such file below {self._objects.uri}") from error
+            raise
+        if self._pins:
+            self._pins.check(self._root, image, state)
+        return data
+
+
 def with_images(
-    rows: Sequence[Row], root: str | None, source: str, make: Callable[[Row, bytes | RowError | None], Made]
+    rows: Sequence[Row], images: ImageFolder | None, source: str, make: Callable[[Row, bytes | RowError | None], Made]
 ) -> Iterator[tuple[Row, Made]]:
     """`rows`, in order, each with what `make` makes of it and its image; done ahead, by threads.
 
     `make` gets the image as received, why it cannot be had, or None where the row has none.
 
     Raises:
-        PlanError: a row names its image and `root` is None.
+        PlanError: a row names its image and `images` is None, or the image has changed since the plan was made.
         Exception: what `make` raised.
     """
 
     def do(row: Row) -> Made:
         try:
-            image = _image(row, root, source)
+            image = _image(row, images, source)
         except RowError as error:
             return make(row, error)
         return make(row, image)
@@ -62,7 +108,7 @@ def with_images(
     def do_all(some: Sequence[Row]) -> list[tuple[Row, Made]]:
         return [(row, do(row)) for row in some]
 
-    at_once = _ROWS_AT_ONCE_OF_DISK if root is None or storage.is_local(root) else _ROWS_AT_ONCE
+    at_once = _ROWS_AT_ONCE_OF_DISK if images is None or images.is_local else _ROWS_AT_ONCE
     with ThreadPoolExecutor(_FETCH_THREADS) as threads:
         waiting: deque[Future[list[tuple[Row, Made]]]] = deque()
         try:
@@ -82,30 +128,16 @@ def check_path(image: str) -> None:
         raise RowError("path_not_allowed", f"{image!r}: an image is a path below the source's image_root")
 
 
-def fetch_image(root: str, image: str) -> bytes:
-    """The bytes of the file `image` below `root`.
-
-    Raises:
-        RowError: path_not_allowed, image_missing or image_forbidden.
-    """
-    check_path(image)
-    try:
-        return storage.read_below(root, image)
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        raise RowError("image_missing", f"{image!r}: no such file below {root}") from error
-    except PermissionError as error:
-        raise RowError("image_forbidden", f"{image!r}: may not be read below {root}") from error
-    except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            raise RowError("image_missing", f"{image[:80]!r}...: no such file below {root}") from error
-        raise
+def fetch_image(place: str, image: str) -> bytes:
+    """The bytes of the file `image` below `place`. Raises: as `ImageFolder.read`."""
+    return ImageFolder(place).read(image)
 
 
-def _image(row: Row, root: str | None, source: str) -> bytes | None:
+def _image(row: Row, images: ImageFolder | None, source: str) -> bytes | None:
     image = None if isinstance(row.content, RowError) else row.content.image
     if not isinstance(image, str):
         return image
     check_path(image)
-    if root is None:
+    if images is None:
         raise PlanError(f"source '{source}': {row.location} has an image, but the source has no image_root: set it")
-    return fetch_image(root, image)
+    return images.read(image)

@@ -19,8 +19,9 @@ from flashsloth.conversation import ConversationError
 from flashsloth.image_processing_flashsloth import WITH_GIF, ImageError, decode_image
 from pipelines import storage
 from pipelines.preparation.facts import FACT_COLUMNS, Stopwatch, thumbnail
+from pipelines.preparation.image_pins import ImagePins
 from pipelines.preparation.plan import Chunk, Terms, read_chunk
-from pipelines.preparation.row_images import SourceFiles, with_images
+from pipelines.preparation.row_images import ImageFolder, SourceFiles, with_images
 from pipelines.preparation.sources import row_key
 from pipelines.records import Record, Row, RowError
 from pipelines.shards.images import ImageStore
@@ -81,6 +82,7 @@ class SampleMaker:
         processor: decides ids and pixels.
         example_every: of every so many chunks, one gives a thumbnail to the data receipt.
         store: where rows share their images; None where each row holds its own.
+        pins: the plan's, of the images that rows name; None where it has none.
     """
 
     def __init__(
@@ -90,12 +92,14 @@ class SampleMaker:
         processor: FlashSlothProcessor,
         example_every: int = 1,
         store: ImageStore | None = None,
+        pins: ImagePins | None = None,
     ) -> None:
         self.terms = terms
         self.files = files
         self.processor = processor
         self.example_every = example_every
         self.store = store
+        self.pins = pins
         self._pixels = _Pixels(processor.image_processor)
         self._watch = Stopwatch()
         self._wants_example = False
@@ -108,7 +112,7 @@ class SampleMaker:
         Pixels in it are valid until the next chunk is made, into the same memory.
 
         Raises:
-            PlanError: the source's file has changed since the plan was made.
+            PlanError: the source's file, or an image, has changed since the plan was made.
         """
         source, files = self.terms.sources[chunk.source], self.files[chunk.source]
         self._watch = Stopwatch()
@@ -118,7 +122,9 @@ class SampleMaker:
         self._takes_gif = source.gif
         with self._watch.time("read"):
             rows = read_chunk(source, files.path, chunk)
-        fetched = with_images(rows, files.image_root, source.name, self._picture)
+        place, root = files.image_root, source.image_root or ""
+        images = ImageFolder(place, root, self.pins) if place else None
+        fetched = with_images(rows, images, source.name, self._picture)
         samples = [
             {**_EMPTY, "chunk": number, "key": row_key(source.name, row.position, chunk.repeat)}
             | {"source": source.corpus, "location": row.location}

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from pipelines import storage
 from pipelines.preparation.plan import PLAN_NAME, load_plan
+from pipelines.preparation.sources import PlanError
 from pipelines.shards.images import ImageObjectError, ImageStore, image_keys
 from pipelines.shards.integrity import ShardError, check
 from pipelines.shards.manifest import Manifest, QuarantineEntry, ShardEntry
@@ -21,8 +22,9 @@ _THREADS = 4
 def verify(folder: str) -> list[str]:
     """One line for everything of the dataset in `folder` that is missing or not as the manifest says.
 
-    Shards, shared images, quarantine table and plan are hashed. The receipts carry times, so no hash can cover them:
-    each chunk of the plan must have one, and together they must name the manifest's shards and account for its rows.
+    Shards, shared images, quarantine table, plan and pins are hashed. The receipts carry times, so no hash can cover
+    them: each chunk of the plan must have one, and together they must name the manifest's shards and account for its
+    rows.
 
     Raises:
         ManifestError: `folder` holds no finished dataset.
@@ -69,6 +71,10 @@ def _plan_faults(folder: str, manifest: Manifest) -> Iterator[str]:
         found = plan.identity() if plan else "no such file"
         yield f"{uri}: expected the plan with sha256 {manifest.plan}, found {found}"
         return
+    try:
+        plan.load_pins(folder)
+    except PlanError as error:
+        yield str(error)
     yield from _receipt_faults(folder, manifest, len(plan.chunks))
 
 

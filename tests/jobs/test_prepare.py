@@ -194,6 +194,7 @@ def test_from_s3_to_s3(tmp_path: Path, s3_uri: str) -> None:
     assert storage.list_names(output) == [
         "config.yaml",
         "manifest.json",
+        "pins",
         "plan.json",
         "quarantine.parquet",
         "receipt.html",

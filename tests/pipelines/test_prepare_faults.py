@@ -21,6 +21,7 @@ from pipelines import prepare as prepare_module
 from pipelines import storage
 from pipelines.encode import EncoderError
 from pipelines.preparation import samples
+from pipelines.preparation.plan import load_plan
 from pipelines.preparation.receipt_book import PublishError
 from pipelines.preparation.sources import PlanError
 from pipelines.prepare import prepare
@@ -137,12 +138,14 @@ def test_closed_bucket_is_named(corpus: Path, s3: S3, tmp_path: Path) -> None:
 
     with pytest.raises(RuntimeError, match=rf"PlanError: source 'corpus': {closed}/corpus.jsonl cannot be read \(Perm"):
         attempt(sources=[{**source, "path": f"{closed}/corpus.jsonl"}])
-    with pytest.raises(RuntimeError, match=f"PermissionError: .*'{readable}/out/plan.json'"):
+    with pytest.raises(RuntimeError, match=f"PermissionError: .*'{readable}/out/pins/\\w{{64}}.arrow'"):
         attempt(output=f"{readable}/out")
     assert not (tmp_path / "out").exists()
     with pytest.raises(RuntimeError, match=r"PublishError: .* 8 of 10 rows are quarantined \(image_forbidden 8\)"):
         attempt(sources=[{**source, "image_root": images}])
     check_unpublished(str(tmp_path / "out"), receipts=3)
+    plan = load_plan(str(tmp_path / "out"))
+    assert plan and plan.pins and plan.pins.unpinned == 8  # nor may they be listed
     run_apart(prepare_here, prepare_settings(corpus, sources=[source], output=f"{tmp_path}/read"), env=s3.stranger)
     check_rows(f"{tmp_path}/read", Manifest.load(f"{tmp_path}/read"), tmp_path)
 

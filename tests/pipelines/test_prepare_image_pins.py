@@ -1,0 +1,176 @@
+"""Images that rows name by their paths: pinned as they are when the plan is made, and an error where one is another."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jobs.prepare import main
+from pipelines import storage, storage_states
+from pipelines.preparation.image_pins import ImagePins, image_hash
+from pipelines.preparation.pinning import find_pins, named_images, stretches
+from pipelines.preparation.plan import index_files, load_plan
+from pipelines.preparation.row_images import SourceFiles
+from pipelines.preparation.settings import SourceSettings
+from pipelines.preparation.sources import PlanError, source_terms
+from pipelines.prepare import prepare
+from pipelines.storage_states import ObjectFolder, State
+from tests.corpus import Row, encoded, row, write_corpus, write_processor
+from tests.preparation import begin, do_chunk, prepare_here, prepare_settings
+
+PLACES = ["local", pytest.param("s3", marks=pytest.mark.s3)]
+
+
+@pytest.fixture(params=PLACES)
+def images(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Where the images of twelve good rows lie, of which three have none; the corpus and the processor are local."""
+    write_corpus(tmp_path, 12)
+    write_processor(tmp_path)
+    if request.param == "local":
+        return str(tmp_path)
+    uri = request.getfixturevalue("s3_uri")
+    for file in (tmp_path / "images").iterdir():
+        storage.write_bytes(storage.join(uri, "images", file.name), file.read_bytes())
+    return uri
+
+
+def remove(uri: str) -> None:
+    file_system, path = storage.filesystem(uri)
+    file_system.rm_file(path)
+
+
+def pins_of(folder: Path, images: str, **source: Any) -> ImagePins | None:
+    terms = source_terms([SourceSettings(path=str(folder / "corpus.jsonl"), image_root=images, **source)])
+    chunks = index_files(range(1), terms, [terms[0].path], 4)
+    return find_pins(terms, [SourceFiles(terms[0].path, images)], chunks)
+
+
+def test_an_image_that_changes_after_the_plan_is_named_with_both_states(images: str, tmp_path: Path) -> None:
+    image = storage.join(images, "images/5.jpg")
+    late = storage.join(images, "images/8.jpg")
+    kept = storage.read_bytes(late)
+    remove(late)  # so that it appears after the plan
+    settings = prepare_settings(
+        tmp_path, sources=[{"path": str(tmp_path / "corpus.jsonl"), "image_root": images}], max_quarantined_share=0.5
+    )
+    ledger, maker = begin(settings)
+    assert ledger.plan.pins and (ledger.plan.pins.images, ledger.plan.pins.absent) == (9, 1)
+    assert "images that rows name: 8 pinned as they are, 1 not there" in ledger.plan.describe("")
+    ledger.commit(do_chunk(ledger, maker, 0))
+    before = storage.read_bytes(image)
+    same_size = before[:-4] + bytes(2) + before[-2:]
+    state = r"\d+-[0-9a-f]{16}"
+    for change, now in ((same_size, state), (encoded(99), state), (None, "not there")):
+        remove(image) if change is None else storage.write_bytes(image, change)
+        _, resumed = begin(settings)  # with the pins of the plan that is there
+        for each in (maker, resumed):
+            with pytest.raises(PlanError) as raised:
+                do_chunk(ledger, each, 1)
+            expected = rf"{image} has changed since .*then {state}, now {now}\)"
+            assert re.match(expected, str(raised.value)), raised.value
+    storage.write_bytes(late, kept)
+    with pytest.raises(PlanError, match=rf"{late} has changed since .*then not there, now {state}\)"):
+        do_chunk(ledger, maker, 2)
+    assert len(storage.list_names(storage.join(settings.output, "receipts"))) == 1
+
+
+def test_an_image_that_is_not_pinned_may_change(images: str, tmp_path: Path) -> None:
+    source = {"path": str(tmp_path / "corpus.jsonl"), "image_root": images}
+    settings = prepare_settings(tmp_path, sources=[source], pin_images=False)
+    ledger, maker = begin(settings)
+    assert ledger.plan.pins is None
+    storage.write_bytes(storage.join(images, "images/5.jpg"), encoded(99))
+    assert do_chunk(ledger, maker, 1).written == 4
+    with pytest.raises(PlanError, match="pin_images: was False, now True"):
+        prepare(prepare_settings(tmp_path, sources=[source]))
+
+
+def test_a_listing_of_many_pages_finds_what_single_reads_find(
+    images: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage_states, "_PAGE", 5)
+    folder = ObjectFolder(images)
+    listed = dict(folder.states("images"))
+    assert sorted(listed) == sorted(f"{number}.jpg" for number in range(12))
+    for name, state in listed.items():
+        data, now = folder.read(f"images/{name}")
+        assert now == state and state.size == len(data)
+    assert list(folder.states("nowhere")) == []
+    assert dict(folder.states("")).keys() <= {"corpus.jsonl"}  # what lies deeper is not listed
+
+
+def test_only_named_images_are_pinned_and_each_once(tmp_path: Path) -> None:
+    rows: list[Row | str] = [
+        row(0),
+        row(1, image="images/0.jpg"),
+        row(2, image="./images/2.jpg"),
+        row(3),
+        row(4, image="../4.jpg"),
+    ]
+    write_corpus(tmp_path, rows)
+    pins = pins_of(tmp_path, str(tmp_path))
+    assert pins and pins.table["name"].tolist() == [image_hash(str(tmp_path), "images/0.jpg")]
+    assert pins.facts().unpinned == 1  # ./images/2.jpg, which no listing spells like that
+    again = pins_of(tmp_path, str(tmp_path), weight=2.0)
+    assert again and again.facts() == pins.facts()
+    pins.check(str(tmp_path), "images/0.jpg", State((tmp_path / "images/0.jpg").stat().st_size, stamp(tmp_path, 0)))
+    pins.check(str(tmp_path), "./images/2.jpg", State(1, 1))
+
+
+def stamp(folder: Path, number: int) -> int:
+    return (folder / "images" / f"{number}.jpg").stat().st_mtime_ns
+
+
+def test_rows_are_read_in_runs_larger_than_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.preparation.pinning._ROWS_AT_ONCE", 10)
+    for name in ("a.json", "b.jsonl"):
+        write_corpus(tmp_path, 20, name)
+    sources = [SourceSettings(path=str(tmp_path / name), image_root=str(tmp_path)) for name in ("a.json", "b.jsonl")]
+    terms = source_terms([*sources, SourceSettings(path=str(tmp_path / "b.jsonl"), name="text")][:2])
+    chunks = [chunk for n in range(2) for chunk in index_files(range(n, n + 1), terms, [t.path for t in terms], 4)]
+    runs = stretches(terms, chunks)
+    assert [(run.source, run.first_row, run.rows) for run in runs] == [
+        *((0, 0, 8), (0, 8, 8), (0, 16, 4)),
+        *((1, 0, 8), (1, 8, 8), (1, 16, 4)),
+    ]
+    for run in runs:
+        expected = {
+            image_hash(str(tmp_path), f"images/{n}.jpg")
+            for n in range(run.first_row, run.first_row + run.rows)
+            if n % 4 != 3
+        }
+        assert set(named_images(terms[run.source], terms[run.source].path, run).names.tolist()) == expected
+    bare = [term.model_copy(update={"image_root": None}) for term in terms]
+    assert find_pins(bare, [SourceFiles(term.path, None) for term in terms], chunks) is None
+
+
+def test_two_images_with_one_hash_are_not_pinned() -> None:
+    found = np.array([[7, 1, 1], [5, 2, 2], [7, 3, 3]], np.uint64)
+    pins = ImagePins.of(found, np.array([2], np.uint64), unpinned=1)
+    assert pins.table["name"].tolist() == [2, 5]
+    facts = pins.facts()
+    assert (facts.images, facts.absent, facts.unpinned) == (2, 1, 3)
+
+
+def test_pins_are_verified_and_collected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_corpus(tmp_path, 8)
+    write_processor(tmp_path)
+    settings = prepare_settings(tmp_path)
+    prepare_here(settings)
+    plan = load_plan(settings.output)
+    assert plan and plan.pins
+    table, other = Path(settings.output) / plan.pins.name, Path(settings.output) / "pins" / "other.arrow"
+    other.write_bytes(b"of a run that was killed before its plan")
+    assert main(["gc", settings.output]) == 0
+    assert table.exists() and not other.exists()
+    assert main(["verify", settings.output]) == 0
+    table.write_bytes(table.read_bytes()[:-1] + b"x")
+    assert main(["verify", settings.output]) == 1
+    assert f"{table}: expected sha256 {plan.pins.sha256}, found " in capsys.readouterr().err
+    table.unlink()
+    assert main(["verify", settings.output]) == 1
+    assert f"{table}: no such file, which the plan names" in capsys.readouterr().err
