@@ -7,6 +7,7 @@ kernels, which leave the upper half out. Here each sample is a causal call of it
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,32 +20,45 @@ IMPLEMENTATION = "sdpa_by_sample"
 """The name under which transformers knows `attend`; one with "flash" in it would be taken for FlashAttention."""
 
 
+@dataclass(frozen=True)
+class PackedSamples:
+    """Where the samples of packed rows end; not a bare list, of which torch.compile would compile every one anew."""
+
+    lengths: list[list[int]]
+    """For each row those of the samples that stand one behind the other."""
+
+    @classmethod
+    def of(cls, sample_ids: torch.Tensor) -> PackedSamples:
+        """From the sample that each position belongs to, int64[B, S]."""
+        return cls([row.unique_consecutive(return_counts=True)[1].tolist() for row in sample_ids])
+
+
 def attend(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    sample_lengths: list[list[int]] | None = None,
+    samples: PackedSamples | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' `sdpa`, over each sample alone where `sample_lengths` tell them apart.
+    """transformers' `sdpa`, over each sample alone where `samples` tell them apart.
 
     Args:
         module: the attention of a layer; its `is_causal` counts.
         query: float[B, H, S, D].
         key: float[B, K, S, D].
         value: float[B, K, S, D].
-        attention_mask: bool[B, 1, S, S], not looked at where there are `sample_lengths`.
-        sample_lengths: for each row the lengths of the samples that stand one behind the other, S in all.
+        attention_mask: bool[B, 1, S, S], not looked at where there are `samples`.
+        samples: of packed rows, S positions in all in each.
         **kwargs: as for `sdpa`.
 
     Returns:
         float[B, S, H, D], and no weights.
     """
-    if sample_lengths is None:
+    if samples is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    return _attend_by_sample(module, query, key, value, sample_lengths, **kwargs), None
+    return _attend_by_sample(module, query, key, value, samples, **kwargs), None
 
 
 # Other lengths in every batch: compiled, it would be compiled anew each time.
@@ -54,15 +68,15 @@ def _attend_by_sample(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    sample_lengths: list[list[int]],
+    samples: PackedSamples,
     **kwargs: Any,
 ) -> torch.Tensor:
     # `split` and not slices: its backward pass joins the parts, where each slice's fills a whole tensor of zeros.
     rows = zip(*(states.split(1) for states in (query, key, value)), strict=True)
     found = []
-    for row, lengths in zip(rows, sample_lengths, strict=True):
-        samples = zip(*(states.split(lengths, dim=2) for states in row), strict=True)
-        found.append(torch.cat([sdpa_attention_forward(module, *each, None, **kwargs)[0] for each in samples], dim=1))
+    for row, lengths in zip(rows, samples.lengths, strict=True):
+        parts = zip(*(states.split(lengths, dim=2) for states in row), strict=True)
+        found.append(torch.cat([sdpa_attention_forward(module, *each, None, **kwargs)[0] for each in parts], dim=1))
     return torch.cat(found)
 
 

@@ -10,7 +10,7 @@ from transformers import PhiConfig, PhiModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.phi.modeling_phi import PhiDecoderLayer
 
-from .attention import IMPLEMENTATION, prefer_own
+from .attention import IMPLEMENTATION, PackedSamples, prefer_own
 from .configuration_flashsloth import FlashSlothConfig
 from .embedded_query import EmbeddedQuery, QueryPlan
 
@@ -70,9 +70,7 @@ class FlashSlothTextModel(PhiModel):
         """
         if self.config._attn_implementation == IMPLEMENTATION:
             if sample_ids is not None:
-                kwargs["sample_lengths"] = [
-                    row.unique_consecutive(return_counts=True)[1].tolist() for row in sample_ids
-                ]
+                kwargs["samples"] = PackedSamples.of(sample_ids)
                 # Phi makes no mask where it finds one of four dimensions. This one nobody looks at.
                 attention_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=sample_ids.device)
             elif position_ids is None and _no_cache(kwargs) and _only_ends_padded(attention_mask):

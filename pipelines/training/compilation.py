@@ -11,11 +11,18 @@ gathers each module's weights when that module runs, which cuts a layer to piece
 
 from __future__ import annotations
 
+import torch._dynamo
+
 from flashsloth import FlashSlothForConditionalGeneration
+
+_KINDS = 64
+"""Kinds of calls that a layer's function may be compiled for. All layers share it, of tower and language model, with
+images and without, of fixed and of varying sizes; at torch's own limit of 8 the rest would run uncompiled."""
 
 
 def compile_layers(model: FlashSlothForConditionalGeneration) -> None:
     """Compile the layers of tower and language model when they first run; gradient checkpointing is set before."""
+    torch._dynamo.config.recompile_limit = max(_KINDS, torch._dynamo.config.recompile_limit)
     for stack in (model.model.vision_tower.encoder.layers, model.model.language_model.layers):
         for layer in stack:
             for module in (layer.self_attn, layer.mlp) if layer.gradient_checkpointing else (layer,):
