@@ -29,7 +29,8 @@ from pipelines.benchmarks.rounds import Figures, Rounds, take_turns
 from pipelines.benchmarks.settings import BenchmarkSettings
 from pipelines.benchmarks.table import Bound, Report, Table
 
-BARE, LOOPS, LOADER = "bare loop", "bare loop on each core", "DataLoader"
+BARE, LOOPS = "bare loop", "bare loop on each core"
+LOADER, WRITING = "DataLoader, nothing written", "DataLoader, batches written to disk"
 LOCAL, S3 = "prepare", "prepare to S3"
 _FEW, _WARM, _SHARING = 4, 1000, 600  # rows
 _REPEATS = 1.65  # rows to an image, as in mix665k
@@ -101,20 +102,23 @@ class _Bench:
         ours = {name: PrepareContestant(self.corpus, rows, self.few, place) for name, place in self.places.items()}
         loops = LoaderContestant(photos, cores, hands_over=False)
         loader = LoaderContestant(photos, cores)
+        writing = LoaderContestant(photos, cores, folder=Path(self._local("loader")))
         for contestant in ours.values():
             contestant.warm_up(self.warm)
         contestants: dict[str, Callable[[], Figures]] = {BARE: partial(bare_loop, photos), LOOPS: loops, LOADER: loader}
-        contestants |= ours
+        contestants |= {WRITING: writing, **ours}
         rounds = take_turns(contestants, self.settings.rounds, _say)
         again = {name: contestant.again() for name, contestant in ours.items()}
+        writing.drop()
         for contestant in ours.values():
             contestant.drop()
         self.tables.append(preparing_table(rounds, cores, BARE, again))
         for name in ours:
             share = rounds.ratio(name, BARE, "rows_per_s").median / cores
             self._bound(f"{name}: share of {BARE} x {cores}", share, at_least=0.85)
-            ratio = rounds.ratio(name, LOADER, "rows_per_s").median
-            self._bound(f"{name}: of {LOADER} with {cores} workers", ratio, at_least=1)
+            for rival in (LOADER, WRITING):
+                ratio = rounds.ratio(name, rival, "rows_per_s").median
+                self._bound(f"{name}: rate by that of {rival}, with {cores} workers", ratio, at_least=1)
             self._bound(f"{name}: seconds of a second run", again[name], at_most=10)
         self.measured["prepare"] = rounds.record() | {"second_run_s": again}
 

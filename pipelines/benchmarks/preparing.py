@@ -1,8 +1,9 @@
 """Images -> pixels and tokens: by a bare loop, one such loop per core, a PyTorch DataLoader, and our preparation.
 
 All run the same functions on the same files. The bare loop is one process that does nothing else: it neither
-writes nor hashes, and neither does the DataLoader. Nobody's start-up is counted: processes and their imports are up
-before, and of a preparation the time of another one of a handful of rows is taken off, in the same round.
+writes nor hashes. The DataLoader appears twice: as it is, and with a receiver that writes and hashes. Nobody's start-up
+is counted: processes and their imports are up before, and of a preparation the time of another one of a handful of rows
+is taken off, in the same round.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from flashsloth import FlashSlothProcessor
 from flashsloth.collation import collate
 from flashsloth.image_processing_flashsloth import decode_image
 from pipelines import storage
+from pipelines.benchmarks.loader_files import write_batches
 from pipelines.benchmarks.machine import num_cores
 from pipelines.benchmarks.processes import CpuMeter, machine_cpu_s
 from pipelines.benchmarks.rounds import Figures
@@ -74,9 +76,11 @@ class LoaderContestant:
         num_workers: its processes.
         hands_over: False: its workers throw away what they have made and hand over a number in its place, so that they
             are bare loops beside each other: what the cores of this machine do together.
+        folder: where this process writes what it is handed; None: it is thrown away.
     """
 
-    def __init__(self, photos: Photos, num_workers: int, hands_over: bool = True) -> None:
+    def __init__(self, photos: Photos, num_workers: int, hands_over: bool = True, folder: Path | None = None) -> None:
+        self._folder = folder
         self._num_rows = len(photos)
         pad = photos.processor.pad_token_id
         self._loader = DataLoader(
@@ -92,18 +96,27 @@ class LoaderContestant:
         """All rows once."""
 
         def work() -> None:
+            if self._folder:
+                write_batches(self._loader, self._folder)
+                return
             for _ in self._loader:
                 pass
 
+        self.drop()
         return _measured(self._num_rows, work)
+
+    def drop(self) -> None:
+        """Remove what the last run wrote."""
+        if self._folder:
+            remove(str(self._folder))
 
 
 def start_warm_ray() -> None:
     """A Ray that keeps its workers from one preparation to the next, of which only the first waits for their imports.
 
-    It would end those that are idle and more than there are CPUs.
+    It would end those that are idle and more than there are CPUs, and two tasks may share a CPU.
     """
-    os.environ["RAY_num_workers_soft_limit"] = str(4 * num_cores())  # noqa: SIM112 (Ray's own spelling)
+    os.environ["RAY_num_workers_soft_limit"] = str(2 * num_cores())  # noqa: SIM112 (Ray's own spelling)
     start_ray()
 
 

@@ -1,0 +1,40 @@
+"""What a DataLoader's receiver writes in the benchmark is what it was handed, and its hashes are those of the files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from pipelines.benchmarks.loader_files import BATCHES_PER_FILE, write_batches
+
+
+def test_batches_are_written_whole_and_hashed(tmp_path: Path) -> None:
+    draw = torch.Generator().manual_seed(0)
+    batches = [
+        {
+            "input_ids": torch.randint(0, 1000, (rows, width), generator=draw),
+            "pixel_values": torch.randint(0, 256, (rows, 1, 3, 4, 4), generator=draw, dtype=torch.uint8),
+        }
+        for rows, width in [(3, 5)] * BATCHES_PER_FILE + [(2, 7)]
+    ]
+    hashes = write_batches(iter(batches), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "index.json").read_text()) == hashes
+    rows = []
+    for name, digest in hashes.items():
+        data = (tmp_path / "out" / name).read_bytes()
+        assert hashlib.sha256(data).hexdigest() == digest
+        rows += pa.ipc.open_file(data).read_all().to_pylist()
+    expected = [
+        (ids, pixels)
+        for batch in batches
+        for ids, pixels in zip(batch["input_ids"].tolist(), batch["pixel_values"].numpy(), strict=True)
+    ]
+    assert len(hashes) == 2 and len(rows) == len(expected)
+    for row, (ids, pixels) in zip(rows, expected, strict=True):
+        assert row["input_ids"] == ids
+        np.testing.assert_array_equal(np.frombuffer(row["pixel_values"], np.uint8).reshape(pixels.shape), pixels)
