@@ -12,6 +12,7 @@ Every wait is bounded, transient faults are tried again with jitter, and what fa
 
 from __future__ import annotations
 
+import base64
 import errno
 import hashlib
 import io
@@ -28,6 +29,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from pipelines.storage_faults import StorageError, naming, pause, s3_error, whole_body
 
+_THREADS = 16  # an object store answers in tens of milliseconds
 # Listings are never cached: a resumed run must see what another machine wrote a moment ago.
 _S3_OPTIONS: dict[str, Any] = {
     "use_listings_cache": False,
@@ -35,6 +37,9 @@ _S3_OPTIONS: dict[str, Any] = {
         "connect_timeout": 10,  # seconds
         "read_timeout": 30,  # seconds without a byte
         "retries": {"mode": "standard", "total_max_attempts": 6},
+        "max_pool_connections": 2 * _THREADS,
+        # The signature covers the header that holds the body's sha256 (`_in_one_put`), so it need not be hashed again.
+        "s3": {"payload_signing_enabled": False},
     },
 }
 _OPTIONS: dict[str, dict[str, Any]] = {
@@ -47,7 +52,6 @@ _STAMPS = ("ETag", "etag", "blob_id", "mtime", "LastModified", "last_modified", 
 _CREATE_TRIES = 6
 _CONFLICTS = ("ConditionalRequestConflict", "OperationAborted")
 _ONE_PUT = 5 * 2**30  # the largest object that S3 takes in one request, which leaves no parts behind when it fails
-_THREADS = 16  # an object store answers in tens of milliseconds
 # A local file this large is no part of the page cache once it is on the disk. What reads it comes much later, and else
 # every shard would be written to memory that nobody has used before: on a virtual machine, ten times the cost of
 # writing it. Where the data begins at a page and the file system can, it goes past the page cache from the start.
@@ -104,16 +108,9 @@ def read_bytes(uri: str) -> bytes:
         PermissionError: it may not be read.
         StorageError: the store kept failing.
     """
-    return _read(*filesystem(uri), uri)
-
-
-def read_below(folder: str, name: str) -> bytes:
-    """The whole object `name` below `folder`. `name` is joined as a path: it is never parsed for protocols.
-
-    Raises: as `read_bytes`.
-    """
-    file_system, path = filesystem(folder)
-    return _read(file_system, f"{path.rstrip('/')}/{name}", join(folder, name))
+    file_system, path = filesystem(uri)
+    with naming(uri):
+        return whole_body(lambda: file_system.cat_file(path, **_in_one_get(file_system)))
 
 
 def read_range(uri: str, start: int, stop: int) -> bytes:
@@ -220,8 +217,13 @@ def folder_fingerprint(files: dict[str, str]) -> str:
     return f"{len(files)}-{sha256(repr(files).encode())}"
 
 
-def write_bytes(uri: str, data: bytes | memoryview) -> None:
+def write_bytes(uri: str, data: bytes | memoryview, digest: str | None = None) -> None:
     """Write `data` at `uri`, replacing what is there; a reader sees the old object or the new one, never a part.
+
+    Args:
+        uri: where to.
+        data: what.
+        digest: its `sha256`, where that is known: S3 compares it with what arrives.
 
     Raises:
         OSError: the disk is full, or the place may not be written.
@@ -230,7 +232,7 @@ def write_bytes(uri: str, data: bytes | memoryview) -> None:
     file_system, path = filesystem(uri)
     with naming(uri):
         if not isinstance(file_system, LocalFileSystem):
-            file_system.pipe_file(path, bytes(data), **_in_one_put(file_system))
+            file_system.pipe_file(path, bytes(data), **_in_one_put(file_system, digest or sha256(data)))
             return
         temporary = _write_beside(Path(path), data)
         os.replace(temporary, path)
@@ -304,11 +306,6 @@ class _RangedFile(io.RawIOBase):
         return len(data)
 
 
-def _read(file_system: fsspec.AbstractFileSystem, path: str, uri: str) -> bytes:
-    with naming(uri):
-        return whole_body(lambda: file_system.cat_file(path, **_in_one_get(file_system)))
-
-
 def _create(uri: str, data: bytes) -> bool:
     """Whether a conditional write was let through."""
     file_system, path = filesystem(uri)
@@ -318,7 +315,7 @@ def _create(uri: str, data: bytes) -> bool:
         for attempt in range(1, _CREATE_TRIES + 1):
             try:
                 # Sends If-None-Match: *. S3 answers 412 where an object is, 409 where another write is under way.
-                file_system.pipe_file(path, data, mode="create", **_in_one_put(file_system))
+                file_system.pipe_file(path, data, mode="create", **_in_one_put(file_system, sha256(data)))
                 return True
             except FileExistsError:
                 return False
@@ -342,8 +339,10 @@ def _in_one_get(file_system: fsspec.AbstractFileSystem) -> dict[str, int]:
     return {"max_concurrency": 1} if _is_s3(file_system) else {}
 
 
-def _in_one_put(file_system: fsspec.AbstractFileSystem) -> dict[str, int]:
-    return {"chunksize": _ONE_PUT} if _is_s3(file_system) else {}
+def _in_one_put(file_system: fsspec.AbstractFileSystem, digest: str) -> dict[str, Any]:
+    if not _is_s3(file_system):
+        return {}
+    return {"chunksize": _ONE_PUT, "ChecksumSHA256": base64.b64encode(bytes.fromhex(digest)).decode()}
 
 
 def _link_if_absent(path: Path, data: bytes) -> bool:

@@ -66,14 +66,14 @@ def start_driver(job: str, settings: JobSettings, folder: Path, address: str, *k
 
 
 def _killing(write: Callable[..., Any], kill: Kill) -> Callable[..., Any]:
-    def run(uri: str, data: bytes) -> Any:
+    def run(uri: str, data: bytes, *digest: str) -> Any:
         if not re.search(kill.path, uri):
-            return write(uri, data)
+            return write(uri, data, *digest)
         if kill.when == "before":
             _die()
         if kill.when == "midway":
             os.fsync = lambda descriptor: _die()
-        written = write(uri, data)
+        written = write(uri, data, *digest)
         if kill.when == "after":
             _die()
         return written

@@ -88,7 +88,7 @@ def write_shard(folder: str, samples: pa.Table) -> ShardEntry:
     with _BENCH.lock:
         shard = _BENCH.put_together(samples)
         name = f"{SHARD_FOLDER}/{shard.sha256}.arrow"
-        storage.write_bytes(storage.join(folder, name), shard.data)
+        storage.write_bytes(storage.join(folder, name), shard.data, shard.sha256)
     return ShardEntry(
         name=name,
         rows=samples.num_rows,

@@ -13,6 +13,7 @@ from pipelines.preparation.plan import index_files, read_chunk
 from pipelines.preparation.settings import PrepareSettings, SourceSettings
 from pipelines.preparation.sources import PlanError, source_terms
 from pipelines.records import Record
+from pipelines.storage_states import ObjectFolder
 from tests.formats import error, read_rows, records
 
 NAMES = ["a/0.JPG", "a/b/1.webp", "a/b/2.tiff", "c.png"]
@@ -30,7 +31,7 @@ def test_every_image_at_any_depth_is_a_row(folder: str) -> None:
     found = read_rows("images", folder)
     assert [row.location for row in found] == [storage.join(folder, name) for name in NAMES]
     assert records(found) == [Record([], id=name, image=name) for name in NAMES]
-    assert storage.read_below(folder, NAMES[1]) == NAMES[1].encode()
+    assert ObjectFolder(folder).read(NAMES[1])[0] == NAMES[1].encode()
 
 
 def test_the_folder_is_the_image_root(folder: str) -> None:

@@ -120,7 +120,9 @@ def test_manifest_comes_after_the_receipt(prepared: Path, tmp_path: Path, monkey
     written: list[str] = []
     put, write = storage.put_if_absent, storage.write_bytes
     monkeypatch.setattr(storage, "put_if_absent", lambda uri, data: written.append(uri) or put(uri, data))
-    monkeypatch.setattr(storage, "write_bytes", lambda uri, data: written.append(uri) or write(uri, data))
+    monkeypatch.setattr(
+        storage, "write_bytes", lambda uri, data, *digest: written.append(uri) or write(uri, data, *digest)
+    )
     prepare_here(prepare_settings(prepared.parent, output=str(tmp_path / "out"), max_quarantined_share=0.5))
     names = [uri.rpartition("/")[2] for uri in written]
     assert names[-4:] == ["quarantine.parquet", "receipt.json", "receipt.html", "manifest.json"]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from pipelines import storage
+from pipelines.storage_states import ObjectFolder
 from tests.fixtures.small_disk import SmallDisk
 
 
@@ -116,7 +117,7 @@ def test_what_is_missing_is_named(place: str) -> None:
         with pytest.raises(FileNotFoundError, match=uri):
             read(uri)
     with pytest.raises(FileNotFoundError, match=uri):
-        storage.read_below(place, "nothing.bin")
+        ObjectFolder(place).read("nothing.bin")
 
 
 def test_listing_an_absent_folder_is_empty(place: str) -> None:
@@ -177,7 +178,7 @@ def test_any_other_file_system_of_fsspec_serves_as_well() -> None:
     assert (name, storage.read_bytes(uri)) == ("a.jsonl", b"a.jsonl" * 1000)
     assert list(storage.list_files(root)) == ["a.jsonl", "b/c.jsonl"]
     assert storage.read_range(f"{root}/a.jsonl", 7, 14) == b"a.jsonl"
-    assert storage.read_below(root, "b/c.jsonl") == b"b/c.jsonl" * 1000
+    assert ObjectFolder(root).read("b/c.jsonl") == (b"b/c.jsonl" * 1000, None)
     with storage.open_file(f"{root}/a.jsonl", block_bytes=100) as file:
         assert file.read() == b"a.jsonl" * 1000
     before = storage.fingerprint(f"{root}/a.jsonl"), storage.fingerprint(root)
