@@ -30,8 +30,8 @@ from pipelines.shards.manifest import MANIFEST_NAME, Manifest
 from pipelines.shards.receipts import Receipt
 
 # A worker holds a chunk twice (samples, shard). Larger ones leave workers idle at the end, while the last is done;
-# smaller ones cost the driver, which spends some milliseconds on each, and 20 where Ray Data is needed for a tower.
-_BYTES_PER_CHUNK = {"uint8": 25_000_000, "float16": 50_000_000, "int8": 50_000_000}
+# smaller ones cost the driver, which spends about 25 ms on each.
+_BYTES_PER_CHUNK = 50_000_000
 _ROWS_PER_CHUNK = 500  # of encoded images: about 75 MB
 
 
@@ -123,4 +123,4 @@ def _image_shape(
 
 def _chunk_rows(shape: list[int] | None, dtype: str | None) -> int:
     each = image_bytes(shape, dtype)
-    return min(_ROWS_PER_CHUNK, max(1, _BYTES_PER_CHUNK[dtype] // each)) if each and dtype else _ROWS_PER_CHUNK
+    return min(_ROWS_PER_CHUNK, max(1, _BYTES_PER_CHUNK // each)) if each else _ROWS_PER_CHUNK

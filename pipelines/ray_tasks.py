@@ -1,4 +1,4 @@
-"""Ray as the jobs use it: chunks are tasks, or blocks of Ray Data all the way, and errors come to the driver as raised.
+"""Ray Data as the jobs use it: a block is a chunk all the way, and what goes wrong reaches the driver as it was raised.
 
 Ray Data wraps what a task raises, logs it three times and asks for a bug report; a person needs the one line.
 """
@@ -6,14 +6,12 @@ Ray Data wraps what a task raises, logs it three times and asks for a bug report
 from __future__ import annotations
 
 import logging
-import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import wraps
-from itertools import islice
 from typing import Any, ParamSpec, TypeVar
 
-import ray
+import pyarrow as pa
 from ray.data import DataContext, Dataset
 from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError, RayTaskError
 
@@ -22,8 +20,6 @@ from pipelines.encode import DeviceError
 WHOLE_BLOCK: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
 """Arguments of `map_batches` that hand in a block as it is."""
 _DEVICE_TRIES = 3
-_CRASHES = 10  # of workers and nodes under one call, before it counts as the call's own fault
-_LOOK_S = 5.0  # seconds between looks at the size of the cluster, which may grow
 _LOUD_LOGGERS = ("exceptions", "_internal.execution.streaming_executor_state", "_internal.progress")
 
 Step = ParamSpec("Step")
@@ -38,56 +34,17 @@ class _Carrier(Exception):
     """Brings what a task raised to the driver as it is: Ray Data writes advice for its users into the first text."""
 
 
-def carried(step: Callable[Step, Done]) -> Callable[Step, Done]:
-    """`step` of a chain or a task, whose exceptions `column` and `as_done` can unwrap."""
+def carried(step: Callable[Step, pa.Table]) -> Callable[Step, pa.Table]:
+    """`step` of a chain, whose exceptions `column` can unwrap."""
 
     @wraps(step)
-    def run(*args: Step.args, **kwargs: Step.kwargs) -> Done:
+    def run(*args: Step.args, **kwargs: Step.kwargs) -> pa.Table:
         try:
             return step(*args, **kwargs)
         except Exception as error:
             raise _Carrier(error) from error
 
     return run
-
-
-def as_done(
-    step: Callable[..., Done], calls: Iterable[tuple[Any, ...]], shared: tuple[Any, ...], num_cpus: float
-) -> Iterator[Done]:
-    """What `step` returns for each of `calls`, as it is done, in any order; a task each, of `num_cpus` CPUs.
-
-    More calls are handed in than can run, so that no CPU waits for the driver and a cluster that can grow sees that it
-    should. A call whose worker or node dies is made again.
-
-    Args:
-        step: called with the arguments of a call, followed by `shared`.
-        calls: taken as there is room for them.
-        shared: what all calls have in common, handed to each machine once.
-        num_cpus: of a call.
-
-    Raises:
-        what a call raised, where `step` is `carried`; the others are not waited for.
-        ClusterError: Ray itself failed: its object store is full, its nodes are gone, ...
-    """
-    task = ray.remote(step).options(num_cpus=num_cpus, max_retries=_CRASHES)
-    held = [ray.put(each) for each in shared]
-    left = iter(calls)
-    waiting: list[ray.ObjectRef] = []
-    room, looked = 0, float("-inf")
-    try:
-        while True:
-            if time.monotonic() - looked > _LOOK_S:
-                room, looked = 2 * int(ray.cluster_resources().get("CPU", 1) / num_cpus) + 2, time.monotonic()
-            waiting += [task.remote(*call, *held) for call in islice(left, max(0, room - len(waiting)))]
-            if not waiting:
-                return
-            [done], waiting = ray.wait(waiting)
-            yield ray.get(done)
-    except RayError as error:
-        raise _original(error) from error
-    finally:
-        for each in waiting:
-            ray.cancel(each)
 
 
 def column(chain: Dataset, name: str) -> Iterator[Any]:

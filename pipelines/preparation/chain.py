@@ -1,9 +1,6 @@
-"""Chunks -> samples -> (features) -> shards -> receipts, on Ray.
+"""The Ray Data chain: chunks -> samples -> (features) -> shards -> receipts. One block is one chunk all the way.
 
-With a tower that is a chain of Ray Data, whose actor pool holds the tower; one block is one chunk all the way. Without
-one a chunk is one step: a task of Ray alone, in which an image is copied once, from where it was made into the shard.
-Ray Data would look every tenth of a second whether a task has ended, start with a single task for the first second,
-and take 20 ms of the driver for each chunk: about a tenth of the time on two cores.
+Without a tower a chunk is one step of one task, and an image is copied once: from where it was made into the shard.
 """
 
 from __future__ import annotations
@@ -22,7 +19,6 @@ import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 
 from flashsloth import FlashSlothProcessor
-from pipelines import storage
 from pipelines.encode import PatchEncoder
 from pipelines.preparation.facts import chunk_facts
 from pipelines.preparation.features import with_features
@@ -31,13 +27,15 @@ from pipelines.preparation.plan import Chunk, Plan, Terms
 from pipelines.preparation.row_images import SourceFiles
 from pipelines.preparation.samples import SampleMaker
 from pipelines.preparation.settings import EncoderSettings
-from pipelines.ray_tasks import WHOLE_BLOCK, as_done, carried, column, quiet_context
+from pipelines.ray_tasks import WHOLE_BLOCK, carried, column, quiet_context
 from pipelines.shards.images import ImageStore
 from pipelines.shards.receipts import QuarantinedRow, Receipt, account
 from pipelines.shards.schema import IMAGE_SCHEMA, QUARANTINE_SCHEMA, SAMPLE_SCHEMA
 from pipelines.shards.writer import write_shard
 
 _EXAMPLES = 12  # thumbnails in the data receipt, about
+# From so many chunks to a CPU on, two tasks share one; before, to start more workers would take longer than they save.
+_CHUNKS_TO_SHARE = 4
 
 
 @dataclass(frozen=True)
@@ -74,15 +72,17 @@ def run_chunks(
     example_every = max(1, len(plan.chunks) // _EXAMPLES)
     held = ray.put(pins) if pins else None
     work = Work(plan.identity(), plan.terms, files, output, ray.put(processor), held, example_every)
-    if encoder is None:
-        calls = ((number, plan.chunks[number]) for number in pending)
-        return map(Receipt.model_validate_json, as_done(make_and_write, calls, (work,), _cpus(output)))
     items = [{"number": number, **plan.chunks[number].model_dump()} for number in pending]
     with DataContext.current(quiet_context()):
         chunks = ray.data.from_items(items, override_num_blocks=len(items))
-        samples = chunks.map_batches(partial(make_samples, work=work), **WHOLE_BLOCK)
-        samples = samples.map_batches(FeatureActor, fn_constructor_args=(encoder,), **WHOLE_BLOCK, **_actors(encoder))
-        receipts = samples.map_batches(partial(write_chunk, work=work), **WHOLE_BLOCK)
+        if encoder:
+            samples = chunks.map_batches(partial(make_samples, work=work), **WHOLE_BLOCK)
+            samples = samples.map_batches(
+                FeatureActor, fn_constructor_args=(encoder,), **WHOLE_BLOCK, **_actors(encoder)
+            )
+            receipts = samples.map_batches(partial(write_chunk, work=work), **WHOLE_BLOCK)
+        else:
+            receipts = chunks.map_batches(partial(make_and_write, work=work), num_cpus=_cpus(len(items)), **WHOLE_BLOCK)
     return map(Receipt.model_validate_json, column(receipts, "receipt"))
 
 
@@ -93,10 +93,9 @@ def make_samples(chunks: pa.Table, work: Work) -> pa.Table:
     return _maker(work)(chunk.pop("number"), Chunk(**chunk))
 
 
-@carried
-def make_and_write(number: int, chunk: Chunk, work: Work) -> str:
-    """The plan's chunk number `number` -> its shard, written, and its receipt as JSON."""
-    return _write(_maker(work)(number, chunk), work).model_dump_json()
+def make_and_write(chunks: pa.Table, work: Work) -> pa.Table:
+    """A block with one chunk -> its receipt. Between two steps Ray Data would copy the images."""
+    return write_chunk(make_samples(chunks, work), work)
 
 
 class FeatureActor:
@@ -115,10 +114,6 @@ class FeatureActor:
 @carried
 def write_chunk(samples: pa.Table, work: Work) -> pa.Table:
     """The samples of one chunk -> its shard, written, and its receipt as JSON (column: receipt)."""
-    return pa.table({"receipt": [_write(samples, work).model_dump_json()]})
-
-
-def _write(samples: pa.Table, work: Work) -> Receipt:
     samples = _with_shared_reasons(samples) if work.terms.share_images else samples
     bad = samples["reason"].is_valid()
     good = samples.filter(pc.invert(bad)) if pc.any(bad).as_py() else samples  # a filter copies every image
@@ -128,7 +123,7 @@ def _write(samples: pa.Table, work: Work) -> Receipt:
     start = time.perf_counter()
     good = _images_apart(good, ImageStore(work.output)) if work.terms.share_images else good
     shard = write_shard(work.output, good) if good.num_rows else None
-    return Receipt(
+    receipt = Receipt(
         plan=work.plan_identity,
         chunk=samples["chunk"][0].as_py(),
         planned=samples.num_rows,
@@ -136,6 +131,7 @@ def _write(samples: pa.Table, work: Work) -> Receipt:
         quarantined=[QuarantinedRow(**row) for row in rejected.to_pylist()],
         facts=chunk_facts(samples, time.perf_counter() - start),
     )
+    return pa.table({"receipt": [receipt.model_dump_json()]})
 
 
 def _with_shared_reasons(samples: pa.Table) -> pa.Table:
@@ -184,12 +180,13 @@ def _maker(work: Work) -> SampleMaker:
     return _MAKERS[key]
 
 
-def _cpus(output: str) -> float:
-    """CPUs of a task that makes and writes a chunk: while one waits for an object store, another one may use its CPU.
+def _cpus(num_chunks: int) -> float:
+    """CPUs of a task that makes and writes one of so many chunks.
 
-    For a local disk a task waits for a twentieth of its time, which is less than two on one CPU cost each other.
+    With two tasks to a CPU, one uses what the other leaves idle: it waits for the disk or the store when it writes, and
+    the next one for Ray Data, which looks every tenth of a second whether a task has ended.
     """
-    return 1 if storage.is_local(output) else 0.5
+    return 0.5 if num_chunks > _CHUNKS_TO_SHARE * ray.cluster_resources().get("CPU", 1) else 1
 
 
 def _actors(encoder: EncoderSettings) -> dict[str, Any]:

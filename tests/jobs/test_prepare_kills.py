@@ -41,7 +41,7 @@ def busy_workers(raylet: psutil.Process) -> list[psutil.Process]:
     found = []
     for process in raylet.children(recursive=True):
         try:
-            if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::make_and_write"):
+            if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::MapBatches"):
                 found.append(process)
         except psutil.NoSuchProcess:
             continue
