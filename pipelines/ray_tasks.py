@@ -13,6 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import pyarrow as pa
 from ray.data import DataContext, Dataset
+from ray.data._internal.execution.resource_manager import ResourceManager
 from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError, RayTaskError
 
 from pipelines.encode import DeviceError
@@ -71,6 +72,9 @@ def quiet_context() -> DataContext:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.raise_original_map_exception = True
+    # The first answer is that there are no CPUs, since it has not heard of any yet; with Ray Data's one second until it
+    # asks again, a single task would run that long.
+    ResourceManager.GLOBAL_LIMITS_UPDATE_INTERVAL_S = 0.1
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     for name in _LOUD_LOGGERS:
         logging.getLogger(f"ray.data.{name}").setLevel(logging.CRITICAL)

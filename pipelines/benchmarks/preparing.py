@@ -114,9 +114,9 @@ class LoaderContestant:
 def start_warm_ray() -> None:
     """A Ray that keeps its workers from one preparation to the next, of which only the first waits for their imports.
 
-    It would end those that are idle and more than there are CPUs, and two tasks may share a CPU.
+    It would end those that are idle and more than there are CPUs.
     """
-    os.environ["RAY_num_workers_soft_limit"] = str(2 * num_cores())  # noqa: SIM112 (Ray's own spelling)
+    os.environ["RAY_num_workers_soft_limit"] = str(4 * num_cores())  # noqa: SIM112 (Ray's own spelling)
     start_ray()
 
 

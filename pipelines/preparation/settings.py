@@ -94,13 +94,12 @@ class PrepareSettings(JobSettings):
     a request when it is written and one whenever it is read: worth it where about a third of the rows repeat one."""
     pin_images: bool = True
     """Find out, when the plan is made, in what state every image is that rows name by its path, and end with an error
-    where one is read in another. Costs a request per thousand images of an object store, or a second or two per million
-    on a disk, and 24 bytes an image. Off, an image is what it is when it is read."""
+    where one is read in another. While planning, costs 0.04 ms of a CPU per row, and per thousand images of an object
+    store a request; 24 bytes an image are kept. Off, an image is what it is when it is read."""
     max_length: int | None = Field(default=None, gt=0)
     """Rows of more tokens are quarantined; default: the processor's."""
     chunk_rows: int | None = Field(default=None, gt=0)
-    """Rows in a chunk, which is the unit of work, of resuming and of a shard; default: about 25 MB of pixels, or 50
-    MB of features."""
+    """Rows in a chunk, which is the unit of work, of resuming and of a shard; default: about 50 MB of images."""
     encoder: EncoderSettings | None = None
     """The tower, for payload `features`."""
     max_quarantined_share: float = Field(default=0.1, ge=0, le=1)
