@@ -74,7 +74,7 @@ def quiet_context() -> DataContext:
     context.raise_original_map_exception = True
     # The first answer is that there are no CPUs, since it has not heard of any yet; with Ray Data's one second until it
     # asks again, a single task would run that long.
-    ResourceManager.GLOBAL_LIMITS_UPDATE_INTERVAL_S = 0.1
+    ResourceManager.GLOBAL_LIMITS_UPDATE_INTERVAL_S = 0.1  # type: ignore[assignment]  # whole seconds by its default
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     for name in _LOUD_LOGGERS:
         logging.getLogger(f"ray.data.{name}").setLevel(logging.CRITICAL)
