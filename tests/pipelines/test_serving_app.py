@@ -7,7 +7,7 @@ import base64
 import io
 import json
 import urllib.request
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from pipelines.serving.app import build_app
 from pipelines.serving.checkpoint import CheckpointError
 from pipelines.serving.engine import Encoder, Engine, EngineSettings
 from pipelines.serving.sampling import Sampling
-from pipelines.serving.settings import Limits, ServeArgs
+from pipelines.serving.settings import ServeArgs
 from tests.serving import Load, data_uri, question, read_metrics, request_body, running_service, total, until
 
 
@@ -111,27 +111,6 @@ def test_requests_keep_their_id(address: str, client: openai.OpenAI) -> None:
         client.chat.completions.create(model="other", messages=question(data_uri(0)))
     assert caught.value.request_id
     assert caught.value.code == "model_not_found"
-
-
-@pytest.mark.ray
-@pytest.mark.parametrize("chunked", [False, True])
-def test_a_body_that_is_too_large_is_refused_while_it_is_still_sent(address: str, chunked: bool) -> None:
-    """And the client, which sends on, hears of it: nobody on the way takes the connection from it too soon."""
-    half = bytes(Limits().max_body_bytes)
-
-    async def halves() -> AsyncIterator[bytes]:
-        yield half
-        yield half
-
-    async def ask() -> tuple[int, str]:
-        body = halves() if chunked else half + half
-        async with (
-            aiohttp.ClientSession() as session,
-            session.post(f"{address}/v1/chat/completions", data=body) as said,
-        ):
-            return said.status, (await said.json())["error"]["code"]
-
-    assert asyncio.run(ask()) == (413, "body_too_large")
 
 
 @pytest.mark.ray
