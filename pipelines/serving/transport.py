@@ -2,11 +2,10 @@
 
 Clients reach the ingresses through the HAProxy that comes with `ray[serve]` on Linux, one on each node. A proxy of
 Serve's own would read a request, pickle it and send it on in Python: longer work than a short answer of a small model.
-HAProxy listens where `http_options` say. On the same host are the ingresses behind it, at ports from 30000 on, and
-Serve's own proxy for when there is none, at 8500: on a cluster of several nodes, take a host that the other nodes reach. HAProxy
-also tells everybody, on every interface, how many requests there are, though not what is in them: a page of its state
-(`RAY_SERVE_HAPROXY_STATS_PORT`, 8404) and Prometheus text (`RAY_SERVE_HAPROXY_METRICS_PORT`, 9101). Let a firewall keep
-others from these two.
+HAProxy listens where `http_options` say, and the ingresses behind it on the same host at ports from 30000 on, so on a
+cluster of several nodes that host is one that the others reach. HAProxy also tells everybody, on every interface, how
+many requests there are, though not what is in them: a page of its state (`RAY_SERVE_HAPROXY_STATS_PORT`, 8404) and
+Prometheus text (`RAY_SERVE_HAPROXY_METRICS_PORT`, 9101). Let a firewall keep others from these two.
 
 HAProxy is started without `splice`, which Ray's configuration turns on for requests. With it, HAProxy 2.8.25 misses
 many of the clients that leave before their answer begins: the answer is made for nobody, and until its end a thread of
