@@ -39,9 +39,8 @@ class Limits(Section):
 
     requests_per_minute: int | None = Field(default=None, gt=0)
     """Requests of one client that one ingress takes per minute: each ingress counts for itself, so with several of them
-    a client gets up to this times `num_ingress_replicas`. A client is a token. Where there are none, everybody comes
-    from the address of HAProxy, and so counts as one client, but for who names another one in X-Forwarded-For: to keep
-    clients apart, give them tokens."""
+    a client gets up to this times `num_ingress_replicas`. A client is a token; where there are none, the address that
+    the connection comes from, which behind a proxy is the proxy's."""
 
 
 class Policy(Section):

@@ -86,7 +86,7 @@ def replicas(address: str) -> set[str]:
 def config_for_here(checkpoint: Path, port: int, folder: Path, user_config: dict[str, Any]) -> str:
     """cluster/serve.yaml with the model, the device and the port of this test."""
     config = yaml.safe_load((REPOSITORY / "cluster" / "serve.yaml").read_text())
-    config["http_options"] |= {"host": "127.0.0.1", "port": port}
+    config["http_options"]["port"] = port
     (application,) = config["applications"]
     application["args"] |= {"checkpoint": str(checkpoint), "model_name": "tiny", "num_gpus": 0, "num_replicas": 1}
     application["args"] |= {"device": "cpu", "dtype": "float32", "max_replicas": 1, "num_ingress_replicas": 1}
