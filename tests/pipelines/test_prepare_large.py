@@ -26,7 +26,7 @@ from tests.memory import peak_growth
 from tests.preparation import plan_terms
 
 MB = 10**6
-NUM_IMAGES = 665_298
+NUM_IMAGES = 66_530  # a tenth of the LLaVA mix
 
 
 def write_llava(path: Path, rows: int, row_bytes: int) -> Path:
@@ -99,7 +99,7 @@ def test_the_plan_of_ten_million_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_pins_of_665k_images(tmp_path: Path) -> None:
+def test_the_pins_of_66k_images(tmp_path: Path) -> None:
     """Made-up files in one folder."""
     path = write_llava(tmp_path / "corpus.json", NUM_IMAGES, 1500)
     (tmp_path / "coco").mkdir()
@@ -123,13 +123,13 @@ def test_the_pins_of_665k_images(tmp_path: Path) -> None:
     print(f"\n{facts.images:,} images pinned in {seconds:.1f} s by one process, {growth / MB:,.0f} MB, {size:,} bytes")
     assert (facts.images, facts.absent, facts.unpinned) == (NUM_IMAGES, 0, 0)
     assert size < 25 * NUM_IMAGES
-    assert growth < 1000 * MB
+    assert growth < 150 * MB
     state = (tmp_path / "coco" / f"{7:012d}.jpg").stat()
     pins[0].check(str(tmp_path), f"coco/{7:012d}.jpg", State(state.st_size, state.st_mtime_ns))
 
 
 @pytest.mark.slow
-def test_a_store_lists_665k_images_in_a_thousandth_of_the_requests(
+def test_a_store_lists_images_in_a_thousandth_of_the_requests(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A made-up store that lists a folder of that many, and knows nothing else."""
