@@ -129,9 +129,7 @@ def test_the_pins_of_66k_images(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_store_lists_images_in_a_thousandth_of_the_requests(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_store_lists_images_in_a_thousandth_of_the_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A made-up store that lists a folder of that many, and knows nothing else."""
     requests = []
 
