@@ -6,6 +6,7 @@ happened, so a preparation that was killed at any instant goes on where its rece
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Collection
 
@@ -59,7 +60,7 @@ class ChunkFacts(BaseModel):
     examples: list[Example] = []
 
 
-class ChunkReceipt(BaseModel):
+class ChunkReceipt(BaseModel, ABC):
     """That one chunk of a plan is done. What of it, a subclass says."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -76,9 +77,9 @@ class ChunkReceipt(BaseModel):
         return receipt_name(self.chunk)
 
     @property
+    @abstractmethod
     def reasons(self) -> Counter[str]:
         """Reason -> rows of which nothing came."""
-        raise NotImplementedError
 
     @property
     def num_tokens(self) -> int:

@@ -12,6 +12,7 @@ import importlib.util
 import json
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ class TrackingError(ValueError):
     """A run asks for a tracker that cannot be used; the message says what to install or to set."""
 
 
-class Tracker:
+class Tracker(ABC):
     """Tells one tracker the figures of a run, in the background. Subclasses say how.
 
     Args:
@@ -66,14 +67,17 @@ class Tracker:
             self._is_open = True
         call()
 
+    @abstractmethod
     def _open(self) -> None:
-        raise NotImplementedError
+        """Find or begin the run at the tracker; raises while the tracker does not answer."""
 
+    @abstractmethod
     def _write(self, step: int, figures: Mapping[str, float], now: float) -> None:
-        raise NotImplementedError
+        """Tell the figures of `step`, measured at `now` in seconds since 1970."""
 
+    @abstractmethod
     def _close(self, finished: bool) -> None:
-        raise NotImplementedError
+        """Say that nothing more comes."""
 
 
 class WandbTracker(Tracker):

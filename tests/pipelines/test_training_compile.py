@@ -60,7 +60,12 @@ def test_losses_are_those_of_eager_layers(prepared: Path, tmp_path: Path, checkp
 
 
 def measure(rank: int, dumped: dict[str, Any], answer: str) -> None:
-    """Three steps, eager and compiled: images alone, mixed, text alone, which the tower's compiled layers pass too."""
+    """Three steps, eager and compiled: images alone, mixed, text alone, which the tower's compiled layers pass too.
+
+    Graphs are captured, guarded and differentiated as always, and run without inductor, which the test above covers:
+    its C++ for all kinds of calls takes a compiler two minutes.
+    """
+    torch.compiler.set_stance("default", force_backend="aot_eager")
     device, ranks, found = prepare_process(1, on_gpu=False), Ranks(120), []
     for compiled in (False, True):
         settings = TrainSettings.model_validate(dumped)
