@@ -74,7 +74,7 @@ def test_aws_does_not_rent_by_itself(aws: dict[str, Any]) -> None:
 
 
 def test_the_image_tells_serve_how_to_carry_requests() -> None:
-    settings = re.findall(r"(RAY_SERVE_\w+)=(\S+)", (CLUSTER / "Dockerfile").read_text())
+    settings = re.findall(r"((?:RAY_SERVE|TOKENIZERS)_\w+)=(\S+)", (CLUSTER / "Dockerfile").read_text())
     assert dict(settings) == ENVIRONMENT
 
 

@@ -26,6 +26,7 @@ from pipelines.benchmarks.machine import describe_machine
 from pipelines.benchmarks.photos import draw_corpus, write_rows
 from pipelines.benchmarks.rounds import Figures, Rounds, take_turns, timed
 from pipelines.benchmarks.settings import BenchmarkSettings
+from pipelines.benchmarks.sizes import TINY, Size
 from pipelines.benchmarks.table import Bound, Report, Table
 from pipelines.preparation.settings import SourceSettings
 from pipelines.ray_session import start_ray
@@ -144,12 +145,15 @@ class _Bench:
         return [encoder.prompt(messages, pictures[name], sampling) for name in names]
 
 
-def write_checkpoint(folder: Path, processor: FlashSlothProcessor, seed: int) -> None:
-    """A small model at the full picture size, whose answers never end before `max_tokens`."""
+def write_checkpoint(folder: Path, processor: FlashSlothProcessor, seed: int, size: Size = TINY) -> None:
+    """A small model for the pictures of `processor`, whose answers never end before `max_tokens`."""
     torch.manual_seed(seed)
+    vision = {"image_size": processor.image_processor.size, "patch_size": 14}
+    text = {"vocab_size": len(processor.tokenizer), "max_position_embeddings": 1024}
     config = FlashSlothConfig.tiny(
-        vision_config={"image_size": processor.image_processor.size, "patch_size": 14},
-        text_config={"vocab_size": len(processor.tokenizer), "max_position_embeddings": 1024},
+        **size.overrides
+        | {"vision_config": size.overrides.get("vision_config", {}) | vision}
+        | {"text_config": size.overrides["text_config"] | text},
         image_token_id=processor.image_token_id,
         query_token_id=processor.query_token_id,
         query_bias_token_id=processor.query_bias_token_id,

@@ -17,6 +17,7 @@ from itertools import cycle
 from pathlib import Path
 from random import Random
 from statistics import median
+from typing import Literal
 
 import ray
 import torch
@@ -34,6 +35,7 @@ from pipelines.benchmarks.machine import describe_machine
 from pipelines.benchmarks.photos import draw_corpus
 from pipelines.benchmarks.rounds import Figures, Rounds, take_turns, timed
 from pipelines.benchmarks.settings import BenchmarkSettings
+from pipelines.benchmarks.sizes import MID, TINY
 from pipelines.benchmarks.static_engine import build_static_app, generate
 from pipelines.benchmarks.table import Bound, Report, Table
 from pipelines.ray_session import start_ray
@@ -59,6 +61,8 @@ class ServeBenchmark(BenchmarkSettings):
     """Requests at the same time."""
     requests_per_client: PositiveInt = 4
     """How many requests each of them sends, one after the other."""
+    model: Literal["tiny", "mid"] = "tiny"
+    """The quickstart's, answering in less time than the HTTP around it takes, or ten times as large at 384 pixels."""
     seed: int = 0
     """Of photos, weights and mixed lengths."""
 
@@ -92,21 +96,22 @@ class _Bench:
         self.settings = settings
         corpus = draw_corpus(Path(settings.output) / "work", settings.photos, settings.seed)
         tokenizer = FlashSlothProcessor.from_pretrained(corpus / "processor").tokenizer
-        # The tiny preset's own picture size: at 384 pixels its tower would outweigh all else.
-        processor = FlashSlothProcessor(FlashSlothImageProcessor(size=126), tokenizer, num_image_tokens=9)
+        size = {"tiny": TINY, "mid": MID}[settings.model]
+        images = FlashSlothImageProcessor(size=size.image_size)
+        processor = FlashSlothProcessor(images, tokenizer, num_image_tokens=size.num_image_tokens)
         disable_progress_bar()
-        write_checkpoint(corpus / "tiny", processor, settings.seed)
+        checkpoint = corpus / settings.model
+        write_checkpoint(checkpoint, processor, settings.seed, size)
         torch.set_num_threads(1)  # as in a replica with one CPU
         photos = sorted(corpus.rglob("*.jpg"))[: settings.photos]
-        self.uris = ["data:image/jpeg;base64," + base64.b64encode(path.read_bytes()).decode() for path in photos]
-        encoder = Encoder(processor)
-        messages = [{"role": "user", "content": _QUESTION}]
-        self.prompts = [encoder.prompt(messages, decode_image(path.read_bytes())) for path in photos]
+        self.photos = [path.read_bytes() for path in photos]
+        self.encoder = Encoder(processor)
+        self.prompts = [self._prompt(photo) for photo in self.photos]
         # Without a cache of images: the others have none.
         budgets = EngineSettings(max_slots=_AT, max_length=512, max_waiting=256, image_cache_bytes=0)
-        self.engine = Engine.from_checkpoint(corpus / "tiny", "cpu", "float32", budgets)
+        self.engine = Engine.from_checkpoint(checkpoint, "cpu", "float32", budgets)
         args = ServeArgs(
-            checkpoint=str(corpus / "tiny"),
+            checkpoint=str(checkpoint),
             model_name="bench",
             device="cpu",
             num_cpus=0.5,  # both engines stay, and take turns
@@ -130,6 +135,7 @@ class _Bench:
         for name in ("service", "static"):
             found[f"{name}, mixed, {_AT}"] = partial(self.http, name, _AT, mixed)
         found["first token, engine"] = self.first_token_of_engine
+        found["decoding"] = self.decoding
         found["first token, service"] = lambda: asyncio.run(self._first_tokens())
         return found
 
@@ -162,6 +168,11 @@ class _Bench:
                 pass
         return {"first_token_ms": 1000 * median(times)}
 
+    def decoding(self) -> Figures:
+        """From a JPEG to a prompt, alone: over HTTP, a part of what is added to the first token."""
+        times = [timed(partial(self._prompt, photo)) for photo in self.photos]
+        return {"decoding_ms": 1000 * median(times)}
+
     def close(self) -> None:
         """Stop everything."""
         self.engine.close()
@@ -178,8 +189,12 @@ class _Bench:
             for p, length in pairs
         ]
 
+    def _prompt(self, photo: bytes) -> Prompt:
+        return self.encoder.prompt([{"role": "user", "content": _QUESTION}], decode_image(photo))
+
     def _request(self, name: str, index: int, length: int, stream: bool = False) -> bytes:
-        picture = {"type": "image_url", "image_url": {"url": self.uris[index % len(self.uris)]}}
+        photo = base64.b64encode(self.photos[index % len(self.photos)]).decode()
+        picture = {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{photo}"}}
         content = [picture, {"type": "text", "text": _QUESTION}]
         messages = [{"role": "user", "content": content}]
         body = {"model": "bench", "messages": messages, "max_tokens": length, "stream": stream}
@@ -233,9 +248,11 @@ def _tables(settings: ServeBenchmark, rounds: Rounds) -> list[Table]:
     mixed = _row(rounds, f"service, mixed, {_AT}", f"static, mixed, {_AT}", None)
     rows.append([f"{_AT} x {_MIXED[0]} to {_MIXED[1]}", *mixed])
     first = [rounds.spread(f"first token, {name}", "first_token_ms").median for name in ("engine", "service")]
+    decoding = rounds.spread("decoding", "decoding_ms").median
     notes = [
-        f"Concurrent requests x output tokens, one photo each; requests/s, medians of {settings.rounds} rounds. First "
-        f"text alone: {first[0]:.1f} ms in the bare engine, {first[1]:.1f} ms over HTTP, decoding a JPEG included."
+        f"Concurrent requests x output tokens, one photo each; {settings.model} model; requests/s, medians of "
+        f"{settings.rounds} rounds. First text alone: {first[0]:.1f} ms in the bare engine, {first[1]:.1f} ms over "
+        f"HTTP, of which {decoding:.1f} ms make a prompt of the JPEG."
     ]
     columns = ["requests", "service", "static batching", "of static", "of a loop"]
     return [Table(title="Serving", columns=columns, rows=rows, notes=notes)]

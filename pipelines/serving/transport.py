@@ -17,6 +17,8 @@ ENVIRONMENT = {
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     # A process that does not answer its health check any more will not finish its requests either.
     "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
+    # An ingress tokenizes short texts, many at once: waking a pool of threads for each takes longer than the text.
+    "TOKENIZERS_PARALLELISM": "false",
 }
 
 
