@@ -6,23 +6,23 @@ import gc
 # and once more at the end, in search of garbage: a third of the CPU time of a process that imports this and ends.
 _collects = gc.isenabled()
 gc.disable()
+try:
+    from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
-
-from .configuration_flashsloth import FlashSlothConfig
-from .image_processing_flashsloth import FlashSlothImageProcessor
-from .modeling_flashsloth import FlashSlothForConditionalGeneration, FlashSlothModel
-from .processing_flashsloth import FlashSlothProcessor
+    from .configuration_flashsloth import FlashSlothConfig
+    from .image_processing_flashsloth import FlashSlothImageProcessor
+    from .modeling_flashsloth import FlashSlothForConditionalGeneration, FlashSlothModel
+    from .processing_flashsloth import FlashSlothProcessor
+finally:
+    gc.freeze()
+    if _collects:
+        gc.enable()
 
 AutoConfig.register("flashsloth", FlashSlothConfig)
 AutoModel.register(FlashSlothConfig, FlashSlothModel)
 AutoModelForImageTextToText.register(FlashSlothConfig, FlashSlothForConditionalGeneration)
 AutoImageProcessor.register(FlashSlothConfig, slow_image_processor_class=FlashSlothImageProcessor)
 AutoProcessor.register(FlashSlothConfig, FlashSlothProcessor)
-
-gc.freeze()
-if _collects:
-    gc.enable()
 
 __all__ = [
     "FlashSlothConfig",
