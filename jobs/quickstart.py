@@ -4,8 +4,8 @@
     python jobs/quickstart.py --scenes 200 --align.max_steps 4 --instruct.max_steps 4    # does every step work?
 
 It runs the jobs as anyone would, with recipes and flags, and prints each command; they share one Ray cluster, which
-would otherwise start and end with each of them. Run again, it skips what is finished
-and continues what was cut off; a change of the code, a recipe or a setting starts the steps that it touches anew.
+would otherwise start and end with each of them. Run again, it skips what is finished and continues what was cut off; a
+change of the code, a recipe or a setting starts the steps that it touches anew.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Quickstart:
         packages = [ROOT / "flashsloth", ROOT / "pipelines", ROOT / "jobs"]
         # What only shows figures does not change them.
         code = sources_identity(packages, without=[ROOT / "pipelines" / "report", ROOT / "jobs" / "quickstart.py"])
-        self.steps = Steps(self.out / "steps", identity=code)
+        self.steps = Steps(self.out / "steps", identity=code, before_command=lambda: self.start_cluster())
         self.processor = self.out / "processor"
         self.runs = self.out / "runs"
         self.checkpoint = self.runs / "instruct" / "export"
@@ -118,7 +118,7 @@ class Quickstart:
         """From nothing to the report."""
         corpus = self.draw()
         set_environment()
-        with one_cluster_for_jobs():
+        with one_cluster_for_jobs() as self.start_cluster:
             for name, layout in (("captions", "caption"), ("instruct", "chat"), ("heldout", "chat")):
                 self.prepare(name, layout)
             self.align()
@@ -194,6 +194,7 @@ class Quickstart:
         rows = json.loads(corpus.heldout.read_text("utf-8"))[-self.settings.pictures_asked :]
         port = free_port()
         address = f"http://127.0.0.1:{port}"
+        self.start_cluster()
         with started(self.serve_command(port)) as server:
             wait_until_healthy(server, address, SERVER_PATIENCE_S)
             client = OpenAI(base_url=f"{address}/v1", api_key="unused")

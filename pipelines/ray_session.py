@@ -11,7 +11,7 @@ import logging
 import os
 import secrets
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import ray
@@ -37,19 +37,24 @@ def start_ray(num_cpus: int | None = None) -> None:
 
 
 @contextmanager
-def one_cluster_for_jobs() -> Iterator[None]:
-    """What `start_ray` connects to is, within the block, also where every job goes that this process starts.
+def one_cluster_for_jobs() -> Iterator[Callable[[], None]]:
+    """Yields what starts a cluster, or joins one as `start_ray` does; where it is not called, there is none.
+
+    From that call to the end of the block, it is also where every job goes that this process starts.
 
     Raises:
-        ConnectionError: As `start_ray`.
+        ConnectionError: From the call, as `start_ray`.
     """
-    start_ray()
     before = os.environ.get("RAY_ADDRESS")
-    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+
+    def start() -> None:
+        start_ray()
+        os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+
     try:
-        yield
+        yield start
     finally:
-        os.environ.pop("RAY_ADDRESS")
+        os.environ.pop("RAY_ADDRESS", None)
         if before is not None:
             os.environ["RAY_ADDRESS"] = before
         ray.shutdown()

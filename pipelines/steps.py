@@ -45,12 +45,14 @@ class Steps:
     """Runs steps in order and keeps their receipts in `folder`.
 
     `identity` stands for what all steps depend on beside their commands, such as the code: with another one, none
-    counts as finished.
+    counts as finished. `before_command` is called before each command that has to run: what it starts, no run needs
+    that finds everything finished.
     """
 
-    def __init__(self, folder: Path, identity: str = "") -> None:
+    def __init__(self, folder: Path, identity: str = "", before_command: Callable[[], None] = lambda: None) -> None:
         self._folder = folder
         self._identity = identity
+        self._before_command = before_command
         self.records: list[StepRecord] = []
 
     def run(self, name: str, argv: Sequence[str], outputs: Sequence[Path]) -> None:
@@ -65,7 +67,12 @@ class Steps:
             StepFailed: where it does not end with status 0.
         """
         recipes = [Path(path).read_text("utf-8") for flag, path in itertools.pairwise(argv) if flag == "--config"]
-        self._once(name, readable(argv), recipes, outputs, lambda: run_command(argv))
+
+        def work() -> None:
+            self._before_command()
+            run_command(argv)
+
+        self._once(name, readable(argv), recipes, outputs, work)
 
     def call(self, name: str, label: str, work: Callable[[], object], outputs: Sequence[Path]) -> None:
         """Do some work in this process, under the same rules; `label` stands for its command."""
