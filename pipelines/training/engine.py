@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ def initialize(
     # DeepSpeed chooses its accelerator when it is imported, from the environment that only workers have.
     import deepspeed
 
+    _import_muon_uncompiled()
     deepspeed.utils.logger.setLevel("WARNING")
     with contextlib.redirect_stdout(io.StringIO()):  # it prints that its operator was built
         deepspeed.init_distributed()
@@ -30,6 +32,22 @@ def initialize(
         # There is nobody to add gradients up with, and it would copy them all to and fro.
         engine.enable_backward_allreduce = False
     return engine
+
+
+def _import_muon_uncompiled() -> None:
+    """Spare every worker torch's compiler, which takes longer to import than DeepSpeed itself.
+
+    DeepSpeed asks of any optimizer whether it is its own Muon, which is compiled when it is imported. Ours is not.
+    """
+    name = "TORCHDYNAMO_DISABLE"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
 
 
 class Update(NamedTuple):
