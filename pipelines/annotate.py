@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterator
 
 from pipelines import storage
-from pipelines.annotation.endpoint import served_model
 from pipelines.annotation.ledger import AnnotationLedger, AnnotationManifest, PartReceipt
 from pipelines.annotation.plan import AnnotationPlan, checkpoint_identity, load_plan, make_terms
 from pipelines.annotation.pool import run_chunks
@@ -67,6 +66,8 @@ def annotate(settings: AnnotateSettings) -> AnnotationManifest | None:
 def model_identity(settings: AnnotateSettings) -> str:
     """What tells the model that answers from others: the checkpoint's hash, or its name at the endpoint."""
     if settings.endpoint:
+        from pipelines.annotation.endpoint import served_model  # with the model's libraries, seconds to import
+
         return f"endpoint:{served_model(settings.endpoint, _token())}"
     assert settings.checkpoint is not None
     return checkpoint_identity(settings.checkpoint)

@@ -10,16 +10,13 @@ import torch
 
 from flashsloth.backbones import load_vision_tower
 from flashsloth.image_processing_flashsloth import normalize_pixels
+from pipelines.device_errors import DeviceError
 
 # What of a tower's configuration decides its output. The rest (names, versions, dtypes) differs between equal towers.
 _SHAPE_FIELDS = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels"),
     *("image_size", "patch_size", "hidden_act", "layer_norm_eps"),
 )
-
-
-class DeviceError(ValueError):
-    """The accelerator failed; another process may do better."""
 
 
 class EncoderError(DeviceError):

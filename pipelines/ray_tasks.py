@@ -16,7 +16,7 @@ from ray.data import DataContext, Dataset
 from ray.data._internal.execution.resource_manager import ResourceManager
 from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError, RayTaskError
 
-from pipelines.encode import DeviceError
+from pipelines.device_errors import DeviceError
 
 WHOLE_BLOCK: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
 """Arguments of `map_batches` that hand in a block as it is."""

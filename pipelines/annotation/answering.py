@@ -17,7 +17,8 @@ from PIL import Image
 from flashsloth.conversation import ConversationError
 from flashsloth.image_processing_flashsloth import IMAGE_FORMATS, WITH_GIF, ImageError, decode_image
 from pipelines.annotation.parts import Answered
-from pipelines.encode import DeviceError, is_device_failure
+from pipelines.device_errors import DeviceError
+from pipelines.encode import is_device_failure
 from pipelines.serving.engine import Answer, Chunk, Encoder, Engine, Prompt, Ticket
 from pipelines.serving.sampling import Sampling
 

@@ -11,8 +11,7 @@ from pipelines.annotation import parts, questions
 from pipelines.annotation.settings import AnnotateSettings, PartFormat
 from pipelines.preparation.plan import PLAN_NAME, CorpusPlan, SourcedTerms, code_identity
 from pipelines.preparation.sources import source_terms
-from pipelines.serving.checkpoint import check_folder, fetch
-from pipelines.training.export import MANIFEST_NAME, ExportManifest
+from pipelines.serving.checkpoint_files import check_folder, exported_files, fetch
 
 
 class AnnotationTerms(SourcedTerms):
@@ -64,15 +63,12 @@ def checkpoint_identity(checkpoint: str) -> str:
     An export lists the hashes of its files, so that a remote one need not be read for it.
 
     Raises:
-        CheckpointError: there is no checkpoint that can be served.
+        CheckpointError: there is no checkpoint that can be served, or its list of files cannot be read.
     """
     check_folder(checkpoint)
-    try:
-        listed = storage.read_bytes(storage.join(checkpoint, MANIFEST_NAME))
-        files = ExportManifest.model_validate_json(listed).files
-    except FileNotFoundError:
-        folder = fetch(checkpoint)
-        files = {path.name: _sha256(path) for path in folder.iterdir() if path.is_file()}
+    files = exported_files(checkpoint)
+    if files is None:
+        files = {path.name: _sha256(path) for path in fetch(checkpoint).iterdir() if path.is_file()}
     return storage.sha256(repr(sorted(files.items())).encode())
 
 

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import ray
 import ray.data
-import torch
 from ray.data import ActorPoolStrategy, DataContext
 from ray.data.context import AutoscalingConfig
-from transformers.utils.logging import disable_progress_bar
 
-from pipelines.annotation.answering import AHEAD, Asker, EngineAsker
-from pipelines.annotation.chunks import ChunkAnnotator
-from pipelines.annotation.endpoint import EndpointAsker
 from pipelines.annotation.ledger import PartReceipt
 from pipelines.annotation.plan import AnnotationPlan
 from pipelines.annotation.settings import AnnotateSettings
 from pipelines.preparation.plan import Chunk
 from pipelines.preparation.row_images import SourceFiles
 from pipelines.ray_tasks import WHOLE_BLOCK, carried, column, quiet_context
-from pipelines.serving.engine import Engine
+
+if TYPE_CHECKING:
+    from pipelines.annotation.answering import Asker
+    from pipelines.annotation.chunks import ChunkAnnotator
 
 # One chunk is being answered, the next one asks as slots fall free, and a third stands by while Ray sends for a fourth.
 _CHUNKS_PER_WORKER = 3
@@ -78,6 +76,9 @@ class AnnotationWorker:
         settings: AnnotateSettings,
         token: str,
     ) -> None:
+        # Not above: the driver, which imports this module too, needs nothing of the model's libraries.
+        from pipelines.annotation.chunks import ChunkAnnotator
+
         def load() -> ChunkAnnotator:
             return ChunkAnnotator(plan_identity, terms, files, output, make_asker(settings, terms.model, token))
 
@@ -106,7 +107,15 @@ def make_asker(settings: AnnotateSettings, model: str, token: str) -> Asker:
         ValueError: the engine's budgets leave no room for a slot.
     """
     if settings.endpoint:
+        from pipelines.annotation.endpoint import EndpointAsker
+
         return EndpointAsker(settings.endpoint, model.partition(":")[2], token)
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    from pipelines.annotation.answering import AHEAD, EngineAsker
+    from pipelines.serving.engine import Engine
+
     assert settings.checkpoint is not None
     disable_progress_bar()
     torch.set_num_threads(max(1, int(settings.workers.num_cpus)))

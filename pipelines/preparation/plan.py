@@ -15,14 +15,15 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 from itertools import count, groupby, islice
+from pathlib import Path
 from pkgutil import iter_modules
 from types import ModuleType
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from flashsloth import conversation, image_processing_flashsloth, processing_flashsloth
 from pipelines import corpora, records, storage
 from pipelines.corpora import FORMATS, spans
 from pipelines.corpora.spans import Extent, Span
@@ -264,19 +265,17 @@ class _Counted:
 def code_identity() -> str:
     """The sha256 of the code that decides what a row becomes."""
     formats = sorted(module.name for module in iter_modules(corpora.__path__, f"{corpora.__name__}."))
-    modules: list[ModuleType] = [
-        conversation,
-        image_processing_flashsloth,
-        processing_flashsloth,
-        sources,
-        *map(import_module, formats),
-        records,
-        quantization,
-        images,
-        schema,
-        writer,
-    ]
-    return storage.sha256("".join(inspect.getsource(module) for module in modules).encode())
+    modules: list[ModuleType] = [sources, *map(import_module, formats), records, quantization, images, schema, writer]
+    texts = [*_model_sources(), *(inspect.getsource(module) for module in modules)]
+    return storage.sha256("".join(texts).encode())
+
+
+def _model_sources() -> Iterator[str]:
+    """As files: to import them is to import torch, seconds of a driver or a task that needs nothing of it."""
+    spec = find_spec("flashsloth")
+    assert spec is not None and spec.submodule_search_locations is not None
+    for name in ("conversation", "image_processing_flashsloth", "processing_flashsloth"):
+        yield Path(spec.submodule_search_locations[0], f"{name}.py").read_text("utf-8")
 
 
 def _flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -14,6 +14,7 @@ import ray.cluster_utils
 from jobs.annotate import main
 from jobs.prepare import main as prepare
 from pipelines import storage
+from pipelines.annotate import annotate
 from pipelines.annotation.ledger import AnnotationManifest
 from pipelines.annotation.settings import AnnotateSettings
 from pipelines.annotation.verify import verify
@@ -40,6 +41,11 @@ def corpus(tmp_path: Path, tiny_checkpoint: Path) -> Path:
 
 def num_parts(output: str) -> int:
     return sum(name.endswith(".parquet") for name in storage.list_names(f"{output}/parts/corpus"))
+
+
+def modified(output: str) -> dict[Path, int]:
+    """The parts, and when each was written."""
+    return {path: path.stat().st_mtime_ns for path in Path(output, "parts", "corpus").glob("*.parquet")}
 
 
 def check_one_row_each(output: str) -> None:
@@ -88,13 +94,13 @@ def test_captions_of_a_model_are_prepared_for_its_next_training(
 ) -> None:
     """The loop: annotate, prepare what came out; run again, nothing is done."""
     recipe = corpus / "annotate.yaml"
-    recipe.write_text(dump_settings(annotate_settings(corpus, prompt="Describe it: {question}")))
+    recipe.write_text(dump_settings(annotate_settings(corpus, prompt="Describe it: {question}", chunk_rows=12)))
     assert main(["--config", str(recipe), "--dry-run"]) == 0
-    assert "24 rows in 6 chunks, answers as parquet\n" in capsys.readouterr().out
+    assert "24 rows in 2 chunks, answers as parquet\n" in capsys.readouterr().out
     assert not (corpus / "out").exists()
     assert main(["--config", str(recipe)]) == 0
     out = capsys.readouterr().out
-    assert f"{corpus}/out/parts: 24 rows in 6 parts, " in out
+    assert f"{corpus}/out/parts: 24 rows in 2 parts, " in out
     assert "24 of 24 rows (100.0%), " in out and " tokens/s, 0 without an answer\n" in out
     check_one_row_each(str(corpus / "out"))
     assert main(["verify", str(corpus / "out")]) == 0
@@ -106,7 +112,7 @@ def test_captions_of_a_model_are_prepared_for_its_next_training(
     source = {"path": f"{corpus}/out/parts/corpus/*.parquet", "format": "parquet", "name": "captions"}
     source["image_root"] = str(corpus)
     (corpus / "prepare.yaml").write_text(
-        dump_settings(prepare_settings(corpus, sources=[source], output=str(corpus / "shards")))
+        dump_settings(prepare_settings(corpus, sources=[source], output=str(corpus / "shards"), chunk_rows=12))
     )
     assert prepare(["--config", str(corpus / "prepare.yaml")]) == 0
     dataset = ShardedDataset(str(corpus / "shards"))
@@ -119,61 +125,56 @@ def test_captions_of_a_model_are_prepared_for_its_next_training(
 
 
 @pytest.mark.ray
-@pytest.mark.usefixtures("ray_session")
-def test_pool_grows_and_killed_actor_and_drivers_cost_no_row_and_double_none(corpus: Path) -> None:
-    """An actor dies amid a chunk, then its driver; two more drivers run at once, and one of them dies."""
+def test_pool_grows_and_killed_actor_and_node_cost_no_row_and_double_none(
+    corpus: Path, two_nodes: ray.cluster_utils.Cluster
+) -> None:
+    """An actor dies amid a chunk, then, under the ones that took over, their node."""
     settings = annotate_settings(corpus, workers={"min_workers": 1, "max_workers": 2})
-    address = ray.get_runtime_context().gcs_address
     image = Blocked(corpus / "images" / "1.jpg", 1)
-    driver = start_driver("annotate", settings, corpus, address)
-    try:
-        [first] = wait(lambda: workers(psutil.Process())[:1], "an actor", 180)
-        # It has three chunks and cannot go on with the first of them: only another one can do the rest.
-        wait(lambda: num_parts(settings.output) == 3, "the chunks that the first actor has not begun", 180)
-        known = {actor.pid for actor in workers(psutil.Process())}
-        assert len(known) == 2 and first.pid in known
-        first.kill()
-        wait(lambda: {actor.pid for actor in workers(psutil.Process())} - known, "a third actor", 180)
-        assert driver.poll() is None
-    finally:
-        driver.kill()
-        driver.wait()
-    image.release()
-    assert not storage.exists(f"{settings.output}/manifest.json")
-    kept = {path: path.stat().st_mtime_ns for path in Path(settings.output, "parts", "corpus").glob("*.parquet")}
-    assert 3 <= len(kept) < 6
-
-    drivers = [
-        start_driver("annotate", settings, corpus, address, r"receipts/", "after"),
-        start_driver("annotate", settings, corpus, address),
-    ]
-    outs = [each.communicate(timeout=240)[0] for each in drivers]
-    assert drivers[0].returncode in (-signal.SIGKILL, 0), outs[0]  # 0: the other one has done everything
-    assert drivers[1].returncode == 0, outs[1]
-    check_one_row_each(settings.output)
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept  # their rows were not asked again
-
-
-@pytest.mark.ray
-def test_killed_node_costs_no_row_and_doubles_none(corpus: Path, two_nodes: ray.cluster_utils.Cluster) -> None:
-    settings = annotate_settings(corpus)
-    image = Blocked(corpus / "images" / "13.jpg", 13)
     [node] = two_nodes.worker_nodes
     raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
     driver = start_driver("annotate", settings, corpus, two_nodes.address)
     try:
-        wait(lambda: num_parts(settings.output) >= 2 and workers(raylet), "an actor that waits for the image", 180)
+        [first] = wait(lambda: workers(raylet)[:1], "an actor", 180)
+        # It has three chunks and cannot go on with the first of them: only another one can do the rest.
+        wait(lambda: num_parts(settings.output) == 3, "the chunks that the first actor has not begun", 180)
+        known = {actor.pid for actor in workers(raylet)}
+        assert len(known) == 2 and first.pid in known
+        first.kill()
+        wait(lambda: {actor.pid for actor in workers(raylet)} - known, "a third actor", 180)
+        assert driver.poll() is None and not storage.exists(f"{settings.output}/manifest.json")
+        kept = modified(settings.output)
+        assert 3 <= len(kept) < 6
+
         actors = workers(raylet)
         image.release()
         raylet.kill()
         for actor in actors:  # it ends by itself where its raylet is lost, but not while it waits for a pipe
             actor.kill()
-        two_nodes.add_node(num_cpus=2, object_store_memory=SMALL_STORE)
+        two_nodes.add_node(num_cpus=1, object_store_memory=SMALL_STORE)
         out, _ = driver.communicate(timeout=240)
     finally:
         driver.kill()
     assert driver.returncode == 0, out
     check_one_row_each(settings.output)
+    assert modified(settings.output).items() >= kept.items()  # their rows were not asked again
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_session")
+def test_killed_drivers_cost_no_row_and_double_none(corpus: Path) -> None:
+    """Two at once, on one output; another finishes."""
+    settings = annotate_settings(corpus)
+    address = ray.get_runtime_context().gcs_address
+    for driver in [start_driver("annotate", settings, corpus, address, r"receipts/", "after") for _ in range(2)]:
+        out, _ = driver.communicate(timeout=240)
+        assert driver.returncode == -signal.SIGKILL, out
+    assert not storage.exists(f"{settings.output}/manifest.json")
+    kept = modified(settings.output)
+    assert kept
+    assert annotate(settings) is not None
+    check_one_row_each(settings.output)
+    assert modified(settings.output).items() >= kept.items()  # their rows were not asked again
 
 
 def test_parts_are_plain_parquet(corpus: Path) -> None:

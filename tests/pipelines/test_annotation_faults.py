@@ -22,7 +22,7 @@ from pipelines.annotation.ledger import AnnotationManifest
 from pipelines.annotation.parts import Answered
 from pipelines.annotation.pool import make_asker
 from pipelines.annotation.verify import verify
-from pipelines.encode import DeviceError
+from pipelines.device_errors import DeviceError
 from pipelines.preparation.receipt_book import PublishError
 from pipelines.preparation.sources import PlanError
 from pipelines.serving.engine import Encoder, Prompt

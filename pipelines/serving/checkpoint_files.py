@@ -1,0 +1,107 @@
+"""The files of an exported checkpoint: whether they are what can be served. Reads no weights, and needs no torch."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import tempfile
+from pathlib import Path
+
+from pipelines.storage import filesystem, is_local
+
+EXPORT_LIST = "export.json"
+"""Written last into an export, with the sha256 of each file. Folders from elsewhere have none."""
+
+
+class CheckpointError(ValueError):
+    """A folder that cannot be served; the message names it and says why."""
+
+
+def fetch(checkpoint: str | Path) -> Path:
+    """The checkpoint as a local folder. One on an object store is downloaded into a temporary folder.
+
+    Raises:
+        CheckpointError: there is no such folder.
+    """
+    uri = str(checkpoint)
+    store, path = filesystem(uri)
+    if not store.isdir(path):
+        raise CheckpointError(f"{uri}: no such folder; name the folder that training exported")
+    return Path(path) if is_local(uri) else _download(uri)
+
+
+@functools.cache  # model and processor of one engine come from one download
+def _download(uri: str) -> Path:
+    store, path = filesystem(uri)
+    folder = tempfile.mkdtemp(prefix="flashsloth-checkpoint-")
+    store.get(path.rstrip("/") + "/", folder, recursive=True)
+    return Path(folder)
+
+
+def check_folder(checkpoint: str | Path) -> None:
+    """Look at the files' names and the config, without loading weights.
+
+    Raises:
+        CheckpointError: the folder is missing, is another model's, or has its weights in anything but safetensors.
+    """
+    store, path = filesystem(str(checkpoint))
+    if not store.isdir(path):
+        raise CheckpointError(f"{checkpoint}: no such folder; name the folder that training exported")
+    names = {entry.rstrip("/").rpartition("/")[2] for entry in store.ls(path, detail=False)}
+    if "config.json" not in names:
+        raise CheckpointError(
+            f"{checkpoint}: no config.json, or its export was killed half-way; name the folder that training "
+            "exported, or run the training again: it exports once more"
+        )
+    try:
+        config = json.loads(store.cat_file(f"{path}/config.json"))
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint}/config.json is no JSON: {error}") from error
+    found = config.get("model_type") if isinstance(config, dict) else None
+    if found != "flashsloth":
+        hint = "; convert a released one first: python jobs/convert.py" if found == "phi" else ""
+        raise CheckpointError(f"{checkpoint}: its config.json says model_type {found!r}, not 'flashsloth'{hint}")
+    if not any(name.endswith(".safetensors") for name in names):
+        raise CheckpointError(
+            f"{checkpoint}: no .safetensors file; weights in other formats can run code when read, and are not served"
+        )
+
+
+def exported_files(checkpoint: str | Path) -> dict[str, str] | None:
+    """Name -> sha256 of each file as it was exported, read without a download; None where no list is there.
+
+    Raises:
+        CheckpointError: the list cannot be read.
+    """
+    store, path = filesystem(str(checkpoint))
+    try:
+        text = store.cat_file(f"{path}/{EXPORT_LIST}")
+    except FileNotFoundError:
+        return None
+    try:
+        return dict(json.loads(text)["files"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{checkpoint}/{EXPORT_LIST}: this is no list of exported files ({error})") from error
+
+
+def check_hashes(checkpoint: str | Path) -> None:
+    """Compare every file of an export with the sha256 that was noted when it was written.
+
+    Raises:
+        CheckpointError: a file is missing or is not the one that was exported, or the list of them cannot be read.
+    """
+    folder = fetch(checkpoint)
+    listed = exported_files(checkpoint)
+    if listed is None:
+        return
+    for name, expected in listed.items():
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{checkpoint}: {name} is missing, which was exported")
+        with open(folder / name, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != expected:
+            raise CheckpointError(
+                f"{checkpoint}: {name} has sha256 {found[:12]}..., the exported file had {str(expected)[:12]}...; "
+                "export it again"
+            )
