@@ -35,13 +35,14 @@ def recipe(folder: Path, path: Path | None = None, **change: Any) -> PrepareSett
 
 
 @pytest.mark.parametrize(
-    ("payload", "dtype"), [("original", None), ("pixels", "uint8"), ("features", "float16"), ("features", "int8")]
+    ("payload", "dtype", "max_workers"),
+    [("original", None, 1), ("pixels", "uint8", 1), ("features", "float16", 2), ("features", "int8", 1)],
 )
 def test_each_payload_reads_back_as_computed_directly(
-    tmp_path: Path, tiny_checkpoint: Path, payload: str, dtype: str | None
+    tmp_path: Path, tiny_checkpoint: Path, payload: str, dtype: str | None, max_workers: int
 ) -> None:
     write_corpus(tmp_path, 12, "corpus.json")
-    tower = {"path": str(tiny_checkpoint), "dtype": dtype, "min_workers": 1, "max_workers": 2}
+    tower = {"path": str(tiny_checkpoint), "dtype": dtype, "min_workers": 1, "max_workers": max_workers}
     encoder = {"encoder": tower} if payload == "features" else {}
     settings = recipe(tmp_path, tmp_path / "corpus.json", processor=str(tiny_checkpoint), payload=payload, **encoder)
     manifest = prepare(settings)

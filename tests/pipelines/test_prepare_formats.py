@@ -94,7 +94,7 @@ def test_a_recipe_of_all_formats_with_weights_and_limits(
         "sources": sources,
         "output": str(tmp_path / "mix"),
         "processor": str(corpus / "processor"),
-        "chunk_rows": 4,
+        "chunk_rows": 8,  # of many small chunks, two would share a CPU: eight workers, each seconds to start
     }
     recipe.write_text(yaml.safe_dump(settings))
     planned = {"llava": 5, "llava-array": 9, "sharegpt": 18, "messages": 9, "hub": 9, "webdataset": 9}
