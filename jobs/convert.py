@@ -13,8 +13,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from flashsloth.conversion import ConversionError, from_released, to_released
-
 
 def main(argv: list[str] | None = None) -> int:
     """Run the conversion that the flags ask for."""
@@ -24,6 +22,9 @@ def main(argv: list[str] | None = None) -> int:
     source.add_argument("--checkpoint", type=Path, help="folder of one of our checkpoints")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; it must be new or empty")
     given = parser.parse_args(argv)
+    # The model's libraries take seconds to import; --help and a misspelt flag are answered before.
+    from flashsloth.conversion import ConversionError, from_released, to_released
+
     try:
         if given.reference is not None:
             for name in from_released(given.reference, given.out):

@@ -18,7 +18,6 @@ from pathlib import Path
 from openai import OpenAI, OpenAIError
 from pydantic import NonNegativeInt, PositiveInt
 
-from flashsloth import FlashSlothImageProcessor, FlashSlothProcessor
 from pipelines.ray_session import one_cluster_for_jobs
 from pipelines.report.contents import Goal, Picture, Report, Step, TypeScore, score_replies
 from pipelines.report.interview import (
@@ -28,11 +27,9 @@ from pipelines.report.interview import (
     wait_until_healthy,
     write_conversations,
 )
-from pipelines.report.page import write_report
 from pipelines.report.sources import data_facts, pictures_of, replies_of, stage_of
 from pipelines.report.templates import duration
 from pipelines.scenes.corpus import DrawnCorpus, corpus_texts, draw_corpus
-from pipelines.scenes.tokenizer import train_tokenizer
 from pipelines.serving.transport import set_environment
 from pipelines.settings import JobSettings, Section, dump_settings, load_settings
 from pipelines.steps import (
@@ -135,6 +132,10 @@ class Quickstart:
         s, folder = self.settings, self.out / "corpus"
 
         def work() -> None:
+            # The model's libraries take seconds to import: --help, a misspelt flag and a run again do without.
+            from flashsloth import FlashSlothImageProcessor, FlashSlothProcessor
+            from pipelines.scenes.tokenizer import train_tokenizer
+
             tokenizer = train_tokenizer(corpus_texts(draw()), s.vocab_size)
             images = FlashSlothImageProcessor(size=IMAGE_SIZE)
             FlashSlothProcessor(images, tokenizer, num_image_tokens=IMAGE_TOKENS).save_pretrained(self.processor)
@@ -232,6 +233,8 @@ class Quickstart:
             },
             environment=environment_facts(),
         )
+        from pipelines.report.page import write_report  # with matplotlib
+
         write_report(report, self.out / "report.html")
         return report
 

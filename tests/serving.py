@@ -138,9 +138,16 @@ class Load:
 
     @contextlib.asynccontextmanager
     async def running(
-        self, num_clients: int, pick: Callable[[random.Random], dict[str, Any]], leavers: float = 0.0
+        self,
+        num_clients: int,
+        pick: Callable[[random.Random], dict[str, Any]],
+        leavers: float = 0.0,
+        pause_s: float = 0.0,
     ) -> AsyncIterator[None]:
-        """Keep `num_clients` asking one request after the other for as long as the block lasts, then let them end."""
+        """Keep `num_clients` asking one request after the other for as long as the block lasts, then let them end.
+
+        With `pause_s` each of them pauses up to so long in between, so that others get something of the machine.
+        """
         stop = asyncio.Event()
 
         async def keep_asking(client: int) -> None:
@@ -151,6 +158,8 @@ class Load:
                     await self.leave_early(session, body)
                 elif await self.ask(session, body) in ("429", "503"):
                     await asyncio.sleep(0.05 * source.random())
+                if pause_s:
+                    await asyncio.sleep(pause_s * source.random())
 
         connector = aiohttp.TCPConnector(limit=0)
         timeout = aiohttp.ClientTimeout(total=120)

@@ -30,6 +30,7 @@ from pipelines.benchmarks.rounds import Figures, Rounds, take_turns
 from pipelines.benchmarks.sizes import MID, TRAIN_PARTS
 from pipelines.benchmarks.table import Bound, Table
 from pipelines.feed import BatchLoader, Feed, GlobalBatch, Position, PreparedRows, TokenBudget, model_inputs
+from pipelines.training.compilation import compile_layers
 from pipelines.training.optimization import freeze
 from pipelines.training.start import build_model
 
@@ -107,15 +108,18 @@ class StepBench:
 
     def measure(self, kind: str, rounds: int) -> Rounds:
         """Every variant's step on the batch `kind`, in turns."""
-        steps = {name: self._stepper(variant, self.batches[kind]) for name, variant in VARIANTS.items()}
+        steps = {name: self.stepper(variant, self.batches[kind]) for name, variant in VARIANTS.items()}
         # Warms up and makes the optimizer's state. The variants must compute the same, or their times compare nothing.
         losses = {name: step()["loss"] for name, step in steps.items()}
         if max(losses.values()) - min(losses.values()) > 1e-4:
             raise ValueError(f"the variants' losses on {kind} differ by more than 1e-4: {losses}")
         return take_turns(steps, rounds, say=lambda line: print(f"{kind}: {line}", flush=True))
 
-    def _stepper(self, variant: Variant, rows: np.ndarray) -> Callable[[], Figures]:
+    def stepper(self, variant: Variant, rows: np.ndarray, compiled: bool = False) -> Callable[[], Figures]:
+        """A copy of the model, and what trains it on `rows` once more each time it is called."""
         model = copy.deepcopy(self.model)
+        if compiled:
+            compile_layers(model)
         learning = [each for each in model.parameters() if each.requires_grad]
         optimizer = torch.optim.AdamW(learning, lr=1e-5, fused=not variant.many_passes)
         prepared = list(self._inputs(variant, rows))

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, PositiveInt
 
+from pipelines.benchmarks.compiling import measure_compiling
 from pipelines.benchmarks.feeding import feed_alone, measure_padding
 from pipelines.benchmarks.machine import describe_machine
 from pipelines.benchmarks.overhead import measure_overhead
@@ -18,7 +19,7 @@ from pipelines.benchmarks.step import StepBench, compare_steps
 from pipelines.benchmarks.table import Bound, Report, Table
 from pipelines.feed import PreparedRows
 
-Part = Literal["step", "overhead", "padding"]
+Part = Literal["step", "overhead", "padding", "compile"]
 Found = tuple[list[Table], list[Bound], dict[str, Any]]
 """What a part has found: tables, bounds, and every single run."""
 
@@ -27,7 +28,7 @@ class TrainBenchmark(BenchmarkSettings):
     """What training is claimed to do, on the CPU at a mid-size configuration."""
 
     parts: list[Part] = Field(default=["step", "overhead", "padding"], min_length=1)
-    """What to measure; `step` includes the feed. All of it takes a quarter of an hour on two cores."""
+    """What to measure; `step` includes the feed. Without `compile`, a quarter of an hour on two cores."""
     micro_size: PositiveInt = 8
     """Rows that the published step puts through the model at once; our step gets the same rows."""
     feed_rows: PositiveInt = 512
@@ -47,7 +48,12 @@ def measure_train(settings: TrainBenchmark) -> Report:
             update={"micro_size": 2, "feed_rows": 64, "padding_rows": 2000, "rounds": 1, "waiting_steps": 1}
         )
     machine, work = describe_machine(), Path(settings.output) / "work"
-    measure = {"step": _measure_step, "overhead": _measure_overhead, "padding": _measure_padding}
+    measure = {
+        "step": _measure_step,
+        "overhead": _measure_overhead,
+        "padding": _measure_padding,
+        "compile": _measure_compiling,
+    }
     tables: list[Table] = []
     bounds: list[Bound] = []
     measured: dict[str, Any] = {}
@@ -78,6 +84,12 @@ def _measure_overhead(settings: TrainBenchmark, work: Path) -> Found:
 def _measure_padding(settings: TrainBenchmark, work: Path) -> Found:
     table, bounds, measured = measure_padding(settings.padding_rows, settings.seed)
     return [table], bounds, {"padding": measured}
+
+
+def _measure_compiling(settings: TrainBenchmark, work: Path) -> Found:
+    bench = StepBench(work, settings.feed_rows, settings.micro_size, settings.seed)
+    table, measured = measure_compiling(bench, settings.rounds)
+    return [table], [], measured
 
 
 def _feed(settings: TrainBenchmark, bench: StepBench, ours_per_s: float) -> tuple[Table, list[Bound], list[Figures]]:

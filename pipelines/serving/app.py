@@ -3,6 +3,9 @@
     serve run pipelines.serving.app:build_app checkpoint=outputs/instruct/export
 
 Everything that can be wrong with a request is found in an ingress, which has no model; engines get prompts.
+
+Whoever only starts the application imports this module too, and stays for as long as it runs: the model's libraries,
+which take seconds and hundreds of megabytes, are imported by the replicas.
 """
 
 # No "from __future__ import annotations" here: Serve reads build_app's annotation to validate the `args:` of a file.
@@ -11,26 +14,24 @@ import logging
 import os
 from collections.abc import AsyncIterator
 from pathlib import PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fastapi import FastAPI
-from prometheus_client import Metric
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from ray.serve.handle import DeploymentHandle
-from transformers.utils.logging import disable_progress_bar
 
-from pipelines.serving.checkpoint import check_folder, load_processor
-from pipelines.serving.engine import Encoder, Engine, EngineStuck, Prompt
-from pipelines.serving.engines import RemoteEngines
-from pipelines.serving.errors import ApiError
-from pipelines.serving.http import build_http
-from pipelines.serving.metrics import EngineMetrics, IngressMetrics, exposition
-from pipelines.serving.replies import Desk, Reply
-from pipelines.serving.service import Service
+from pipelines.serving.checkpoint_files import check_folder
 from pipelines.serving.settings import ServeArgs
 from pipelines.storage import resolve
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+    from prometheus_client import Metric
+
+    from pipelines.serving.engine import Prompt
+    from pipelines.serving.errors import ApiError
+    from pipelines.serving.replies import Reply
 
 logger = logging.getLogger("ray.serve")
 
@@ -42,22 +43,28 @@ class EngineReplica:
     """One model."""
 
     def __init__(self, args: ServeArgs) -> None:
+        from transformers.utils.logging import disable_progress_bar
+
+        from pipelines.serving.engine import Engine
+        from pipelines.serving.metrics import EngineMetrics
+        from pipelines.serving.replies import Desk
+
         disable_progress_bar()
         self._patience_s = args.wedged_after_s
         self._engine = Engine.from_checkpoint(args.checkpoint, args.device, args.dtype, args.engine)
         self._desk = Desk(self._engine)
         self._metrics = EngineMetrics(_replica_name())
 
-    async def answer(self, prompt: Prompt) -> Reply | ApiError:
+    async def answer(self, prompt: "Prompt") -> "Reply | ApiError":
         """The whole answer, or why there is none. Refusals are values: Serve would log an exception with its trace."""
         return await self._desk.answer(prompt)
 
-    async def stream(self, prompt: Prompt) -> AsyncIterator[Reply | ApiError]:
+    async def stream(self, prompt: "Prompt") -> "AsyncIterator[Reply | ApiError]":
         """The answer as it comes, or why it ends."""
         async for reply in self._desk.stream(prompt):
             yield reply
 
-    async def collect(self) -> list[Metric]:
+    async def collect(self) -> "list[Metric]":
         """What it does."""
         return self._metrics.collect(self._engine.stats())
 
@@ -67,6 +74,8 @@ class EngineReplica:
         One that is stuck ends at once. Serve would let its requests finish first, which they never do; so they are
         asked of another engine.
         """
+        from pipelines.serving.engine import EngineStuck
+
         try:
             await asyncio.to_thread(self._engine.check, self._patience_s)
         except EngineStuck:
@@ -83,25 +92,35 @@ class Ingress:
     """HTTP in front of the engines."""
 
     def __init__(self, args: ServeArgs, model_name: str, engines: DeploymentHandle) -> None:
+        from pipelines.serving.checkpoint import load_processor
+        from pipelines.serving.engine import Encoder
+        from pipelines.serving.engines import RemoteEngines
+        from pipelines.serving.metrics import IngressMetrics
+        from pipelines.serving.service import Service
+
         self._policy = args.policy
         self._metrics = IngressMetrics(_replica_name())
         self._engines = RemoteEngines(engines, self._metrics.retried)
         encoder = Encoder(load_processor(args.checkpoint))
         self._service = Service(model_name, encoder, self._engines, self._metrics, self._policy, self._read_metrics)
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
+    def __serve_build_asgi_app__(self) -> "FastAPI":
         """Called by Serve in the replica."""
+        from pipelines.serving.http import build_http
+
         return build_http(self._service)
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Called by Serve at the start and whenever `user_config` has changed: fields of `Policy`."""
         self._service.adopt(self._policy.changed(user_config))
 
-    async def collect(self) -> list[Metric]:
+    async def collect(self) -> "list[Metric]":
         """What it has seen."""
         return self._metrics.collect()
 
     async def _read_metrics(self) -> bytes:
+        from pipelines.serving.metrics import exposition
+
         context = serve.get_replica_context()
         ingresses = serve.get_deployment_handle(context.deployment, context.app_name)
         async with asyncio.timeout(METRICS_TIMEOUT_S):

@@ -13,7 +13,6 @@ from ray.train import ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines import storage
 from pipelines.settings import dump_settings
@@ -33,7 +32,7 @@ from pipelines.training.remote_evaluator import RemoteEvaluator
 from pipelines.training.scores import Measure
 from pipelines.training.settings import EvaluationSettings, ScalingSettings, TrainSettings
 from pipelines.training.start import check_encoder, check_start, load_processor, start_identity
-from pipelines.training.supervisor import Supervisor
+from pipelines.training.supervisor import start_supervisor
 from pipelines.training.tracking import check_tracking, open_trackers
 
 
@@ -129,7 +128,7 @@ def train(settings: TrainSettings, worker: Callable[[dict[str, Any]], None] = tr
 def _train(settings: TrainSettings, worker: Callable[[dict[str, Any]], None]) -> str:
     drop_record(run_uri(settings.run))
     evaluator = _start_evaluator(settings)
-    supervisor = _start_supervisor()
+    supervisor = start_supervisor()
     config = {"settings": yaml.safe_load(dump_settings(settings)), "supervisor": supervisor}
     trainer = _trainer(settings, config, worker)
     lookout = Lookout(supervisor, settings.run.start_timeout_s, trainer.abandon)
@@ -180,13 +179,6 @@ def _keeper(settings: TrainSettings, supervisor: Any, evaluator: RemoteEvaluator
         return CheckpointKeeper(run_uri(run), run.keep, next_save)
     measure = Measure.of(evaluation, [Manifest.load(folder).identity() for folder in evaluation.folders])
     return CheckpointKeeper(run_uri(run), run.keep, next_save, evaluator, measure, evaluation.every)
-
-
-def _start_supervisor() -> Any:
-    # Beside the driver, as Ray Train's controller: an actor without CPUs may land on any machine, and that one be lost.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    start: Any = ray.remote(num_cpus=0)(Supervisor)
-    return start.options(scheduling_strategy=here).remote()
 
 
 class _Trainer(TorchTrainer):

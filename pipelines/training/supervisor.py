@@ -10,7 +10,9 @@ import contextlib
 import time
 from typing import Any, Literal
 
+import ray
 from pydantic import BaseModel
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 _BEAT_S = 2.0
 _SAVE_S = 0.5
@@ -93,3 +95,11 @@ class Supervisor:
     async def outcome(self) -> dict[str, Any] | None:
         """How the workers ended."""
         return self._outcome.model_dump() if self._outcome else None
+
+
+def start_supervisor() -> Any:
+    """The handle of a `Supervisor` beside this process."""
+    # As Ray Train's controller: an actor without CPUs may land on any machine, and that one be lost.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    start: Any = ray.remote(num_cpus=0)(Supervisor)
+    return start.options(scheduling_strategy=here).remote()

@@ -81,6 +81,7 @@ def cluster() -> Iterator[Cluster]:
         "max-worker-port": 0,
         "num-cpus": 4,
         "object-store-memory": 512 * 2**20,
+        "include-log-monitor": "false",  # a job's own output does not go through it
         "temp-dir": folder,
     }
     try:
@@ -103,6 +104,7 @@ def test_a_training_job_is_submitted_to_a_cluster_started_by_hand(
         "run.name": "submitted",
         "run.storage": tmp_path / "runs",
         "max_steps": 2,
+        "scaling.num_workers": 1,
     }
     submitted = ray(
         *("job", "submit", "--address", cluster.dashboard, "--working-dir", ".", "--"),

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import yaml
 
 from jobs.serve import main
@@ -29,10 +30,11 @@ from tests.serving import flip_a_bit, free_port, list_files
 class Job:
     """A running `jobs/serve.py`, in a process group of its own."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, **environment: str) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "jobs/serve.py", *arguments],
             cwd=REPOSITORY,
+            env={**os.environ, **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -56,8 +58,8 @@ class Job:
 def start_job() -> Iterator[Any]:
     jobs: list[Job] = []
 
-    def start(*arguments: str) -> Job:
-        jobs.append(Job(*arguments))
+    def start(*arguments: str, **environment: str) -> Job:
+        jobs.append(Job(*arguments, **environment))
         return jobs[-1]
 
     yield start
@@ -103,14 +105,21 @@ def test_a_stop_lets_the_answer_that_is_under_way_finish(start_job: Any, tiny_ch
 
 
 @pytest.mark.ray
+@pytest.mark.usefixtures("ray_session")
 def test_a_checkpoint_that_fails_while_loading_is_named(start_job: Any, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """It looks right from outside, so it is found out in the replica; the job must not wait for it for ever."""
+    """It looks right from outside, so it is found out in the replica; the job must not wait for it for ever.
+
+    On a cluster that it joins: what it has started there goes with it.
+    """
     folder = shutil.copytree(tiny_checkpoint, tmp_path / "changed")
     list_files(folder)
     flip_a_bit(folder / "model.safetensors")
-    job = start_job("--checkpoint", str(folder), "--port", str(free_port()), "--device", "cpu")
+    address = ray.get_runtime_context().gcs_address
+    job = start_job(*("--checkpoint", str(folder), "--port", str(free_port()), "--device", "cpu"), RAY_ADDRESS=address)
     assert job.finish() == 1
     assert f"error: the service did not start: {folder}: model.safetensors has sha256" in job.output, job.output
+    with pytest.raises(ValueError, match="Failed to look up actor"):
+        ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
 
 
 def test_a_missing_checkpoint_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -121,9 +121,14 @@ def test_a_run_on_an_object_store_saves_and_ends_at_sigterm_and_goes_on_from_the
     step = int(stopped[1])
     assert 0 < step < 30
 
+    # It goes on with as many workers as there are then.
+    command += ["--scaling.num_workers", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert re.search(rf"resuming from \S+/runs/far/step-{step:08d}-\w+ \(step {step}, every file verified", done.stdout)
+    spread = "written by 2 workers, loaded by 1"
+    assert re.search(
+        rf"resuming from \S+/runs/far/step-{step:08d}-\w+ \(step {step}, every file verified; {spread}", done.stdout
+    )
     assert f"the model is in {s3_uri}/runs/far/export" in done.stdout
     assert [line["step"] for line in read_metrics(f"{s3_uri}/runs/far")] == list(range(1, 31))
     assert load_export(f"{s3_uri}/runs/far/export", torch.float32).config.text_config.hidden_size == 32

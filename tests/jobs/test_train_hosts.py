@@ -29,9 +29,9 @@ _RUN_SECONDS = 300  # four processes import torch and DeepSpeed, on whatever els
 
 _START_SUPERVISORS = """
 import ray
-from pipelines.training.launch import _start_supervisor
+from pipelines.training.supervisor import start_supervisor
 ray.init()
-supervisors = [_start_supervisor() for _ in range(2)]
+supervisors = [start_supervisor() for _ in range(2)]
 ray.get([supervisor.quiet_for.remote() for supervisor in supervisors])
 nodes = {actor["Address"]["NodeID"] for actor in ray._private.state.actors().values()}
 print("here" if nodes == {ray.get_runtime_context().get_node_id()} else nodes)

@@ -12,14 +12,10 @@ from typing import Any
 
 import pytest
 
-from pipelines.annotate import annotate
 from pipelines.annotation.endpoint import EndpointError, served_model
 from pipelines.annotation.settings import EndpointSettings
-from pipelines.annotation.verify import verify
-from pipelines.serving.settings import ServeArgs
 from tests.annotation import annotate_here, annotate_settings, rows_of
-from tests.corpus import encoded, picture, row, write_corpus
-from tests.serving import running_service
+from tests.corpus import encoded, picture, write_corpus
 
 NUM_ROWS = 10
 
@@ -173,20 +169,3 @@ def test_nobody_there(service: Service) -> None:
     service.server_close()
     with pytest.raises(EndpointError, match=f"{service.url}: no answer"):
         served_model(EndpointSettings(url=service.url, max_retries=0), "t")
-
-
-@pytest.mark.ray
-@pytest.mark.usefixtures("ray_session")
-def test_running_service_gives_the_answers_of_an_engine(corpus: Path, tiny_checkpoint: Path) -> None:
-    write_corpus(corpus, [*(row(number) for number in range(NUM_ROWS)), row(0, image="images/nowhere.jpg")])
-    expected = annotate_settings(corpus, checkpoint=str(tiny_checkpoint), output=str(corpus / "own"))
-    annotate_here(expected)
-    with running_service(ServeArgs(checkpoint=str(tiny_checkpoint), model_name="tiny", device="cpu")) as address:
-        asked = settings(corpus, f"{address}/v1", workers={"num_cpus": 0.5})
-        manifest = annotate(asked)
-    assert manifest is not None and manifest.errors == {"image_missing": 1}
-    assert verify(asked.output) == []
-    same = ("key", "id", "answer", "finish_reason", "prompt_tokens", "answer_tokens", "error", "messages", "image")
-    assert [{name: each[name] for name in same} for each in rows_of(asked.output)] == [
-        {name: each[name] for name in same} for each in rows_of(expected.output)
-    ]

@@ -17,15 +17,30 @@ import openai
 import pytest
 from PIL import Image
 from pydantic import ValidationError
+from ray import serve
 from ray.serve import Application
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 
+from pipelines.annotate import annotate
+from pipelines.annotation.verify import verify
 from pipelines.serving.app import build_app
 from pipelines.serving.checkpoint import CheckpointError
 from pipelines.serving.engine import Encoder, Engine, EngineSettings
 from pipelines.serving.sampling import Sampling
 from pipelines.serving.settings import ServeArgs
-from tests.serving import Load, data_uri, question, read_metrics, request_body, running_service, total, until
+from tests.annotation import annotate_here, annotate_settings, rows_of
+from tests.corpus import row, write_corpus
+from tests.serving import (
+    APPLICATION,
+    Load,
+    data_uri,
+    question,
+    read_metrics,
+    request_body,
+    running_service,
+    total,
+    until,
+)
 
 
 @pytest.fixture(scope="module")
@@ -202,6 +217,24 @@ def test_the_page_is_at_the_root(address: str) -> None:
 
 
 @pytest.mark.ray
+def test_an_annotation_asks_the_service_and_gets_the_engines_answers(
+    address: str, tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    write_corpus(tmp_path, [*(row(number) for number in range(10)), row(0, image="images/nowhere.jpg")])
+    expected = annotate_settings(tmp_path, checkpoint=str(tiny_checkpoint), output=str(tmp_path / "own"))
+    annotate_here(expected)
+    endpoint = {"url": f"{address}/v1", "concurrency": 3, "max_retries": 2, "timeout_s": 30}
+    asked = annotate_settings(tmp_path, checkpoint=None, endpoint=endpoint, workers={"num_cpus": 0.5})
+    manifest = annotate(asked)
+    assert manifest is not None and manifest.errors == {"image_missing": 1}
+    assert verify(asked.output) == []
+    same = ("key", "id", "answer", "finish_reason", "prompt_tokens", "answer_tokens", "error", "messages", "image")
+    assert [{name: each[name] for name in same} for each in rows_of(asked.output)] == [
+        {name: each[name] for name in same} for each in rows_of(expected.output)
+    ]
+
+
+@pytest.mark.ray
 def test_a_queue_that_lasts_starts_another_engine(address: str) -> None:
     """The last one to ask this service: it has two engines from here on."""
 
@@ -212,10 +245,15 @@ def test_a_queue_that_lasts_starts_another_engine(address: str) -> None:
         async def two() -> bool:
             return await num_engines() == 2
 
+        async def two_begun() -> bool:
+            status = await asyncio.to_thread(serve.status)
+            return sum(status.applications[APPLICATION].deployments["Engine"].replica_states.values()) == 2
+
         assert await num_engines() == 1  # the tests before have never asked for more than 8 answers at once
         load = Load(address)
         async with load.running(14, lambda source: request_body(source.randrange(100), 200)):
-            await until(two, 90, "a second engine")
+            await until(two_begun, 90, "a second engine that starts")
+        await until(two, 90, "a second engine")
         assert set(load.outcomes) == {"200"}, load.outcomes
 
     asyncio.run(check())

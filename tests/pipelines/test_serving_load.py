@@ -109,7 +109,7 @@ def test_a_flood_is_turned_away_and_leaves_no_trace(address: str) -> None:
 @pytest.mark.parametrize(
     "seconds",
     [
-        pytest.param(20, id="short"),
+        pytest.param(10, id="short"),
         pytest.param(1800, id="long", marks=[pytest.mark.slow, pytest.mark.timeout(2400)]),
     ],
 )
@@ -120,7 +120,7 @@ def test_mixed_load_leaks_neither_memory_nor_slots_nor_files(
         pytest.skip("half an hour: run it by pytest -m slow")
 
     async def check() -> None:
-        await warm_up(address, mixed, 5)
+        await warm_up(address, mixed, 3)
         before = Footprint()
         load = Load(address)
         start = time.monotonic()

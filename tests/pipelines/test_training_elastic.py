@@ -61,7 +61,9 @@ def run_on_nodes(settings_path: str) -> None:
     from pipelines.training.settings import TrainSettings
 
     small = {"num_cpus": 1, "object_store_memory": 128 * 2**20}
-    cluster = Cluster(initialize_head=True, head_node_args=small | {"include_dashboard": False})
+    cluster = Cluster(
+        initialize_head=True, head_node_args=small | {"include_dashboard": False, "include_log_monitor": False}
+    )
     try:
         for _ in range(2):
             cluster.add_node(**small)
