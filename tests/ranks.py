@@ -10,14 +10,14 @@ import functools
 import multiprocessing
 import os
 import socket
-import subprocess
-import sys
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+from pipelines.training.compiler import build_cpu_operator
 
 _SECONDS = 120
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -28,16 +28,18 @@ _ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_TH
 @functools.cache
 def _build_operator() -> None:
     """Compile what DeepSpeed needs before any deadline runs: it takes a minute, once per environment."""
-    code = "from pipelines.training.compiler import build_cpu_operator; build_cpu_operator()"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=280, env=os.environ | _ENVIRONMENT)
+    process = _CONTEXT.Process(target=build_cpu_operator)
+    process.start()
+    process.join(280)
+    assert process.exitcode == 0, "DeepSpeed's CPU operator was not built: see above, or it took more than 280 s"
 
 
 class RankGroup:
     """Processes that run `work(rank, *arguments)` with a process group between them."""
 
     def __init__(self, world_size: int, work: Callable[..., None], *arguments: Any, logs: Path) -> None:
+        os.environ.update(_ENVIRONMENT)  # the server inherits it when its first process starts it
         _build_operator()
-        os.environ.update(_ENVIRONMENT)  # the server inherits it when the first group starts it
         logs.mkdir(parents=True, exist_ok=True)
         self._logs = logs
         self.processes: list[BaseProcess] = []
