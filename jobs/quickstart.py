@@ -14,6 +14,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from openai import OpenAI, OpenAIError
 from pydantic import NonNegativeInt, PositiveInt
@@ -27,9 +28,7 @@ from pipelines.report.interview import (
     wait_until_healthy,
     write_conversations,
 )
-from pipelines.report.sources import data_facts, pictures_of, replies_of, stage_of
 from pipelines.report.templates import duration
-from pipelines.scenes.corpus import DrawnCorpus, corpus_texts, draw_corpus
 from pipelines.serving.transport import set_environment
 from pipelines.settings import JobSettings, Section, dump_settings, load_settings
 from pipelines.steps import (
@@ -40,7 +39,9 @@ from pipelines.steps import (
     started,
     terminate_as_interrupt,
 )
-from pipelines.training.environment import environment_facts
+
+if TYPE_CHECKING:
+    from pipelines.scenes.corpus import DrawnCorpus
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGE_SIZE, IMAGE_TOKENS = 126, 9  # of the tiny preset
@@ -129,13 +130,14 @@ class Quickstart:
 
     def draw(self) -> DrawnCorpus:
         """The corpus, its tokenizer, and the processor that prepares, trains and serves."""
+        # Here and in the report: the model's libraries take seconds to import; --help and a misspelt flag do without.
+        from flashsloth import FlashSlothImageProcessor, FlashSlothProcessor
+        from pipelines.scenes.corpus import corpus_texts, draw_corpus
+        from pipelines.scenes.tokenizer import train_tokenizer
+
         s, folder = self.settings, self.out / "corpus"
 
         def work() -> None:
-            # The model's libraries take seconds to import: --help, a misspelt flag and a run again do without.
-            from flashsloth import FlashSlothImageProcessor, FlashSlothProcessor
-            from pipelines.scenes.tokenizer import train_tokenizer
-
             tokenizer = train_tokenizer(corpus_texts(draw()), s.vocab_size)
             images = FlashSlothImageProcessor(size=IMAGE_SIZE)
             FlashSlothProcessor(images, tokenizer, num_image_tokens=IMAGE_TOKENS).save_pretrained(self.processor)
@@ -207,6 +209,10 @@ class Quickstart:
 
     def report(self, corpus: DrawnCorpus) -> Report:
         """Everything measured, on one page."""
+        from pipelines.report.page import write_report
+        from pipelines.report.sources import data_facts, pictures_of, replies_of, stage_of
+        from pipelines.training.environment import environment_facts
+
         replies, blank = (replies_of(self.out / "evaluation" / name) for name in ("pictures", "blank"))
         overall, scores = score_replies([reply for _, reply in replies], [reply for _, reply in blank])
         pictures = pictures_of(replies, corpus.images)
@@ -233,8 +239,6 @@ class Quickstart:
             },
             environment=environment_facts(),
         )
-        from pipelines.report.page import write_report  # with matplotlib
-
         write_report(report, self.out / "report.html")
         return report
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipelines.evaluation import read_answers
 from pipelines.report.contents import Picture, Reply, Stage
 from pipelines.shards.manifest import Manifest
 from pipelines.training.metrics import read_metrics
@@ -33,8 +34,6 @@ def data_facts(folder: Path | str) -> dict[str, str]:
 
 def replies_of(evaluation: Path) -> list[tuple[str, Reply]]:
     """What an evaluation wrote, each answer with the id of its row, in the order of the questions."""
-    from pipelines.evaluation import read_answers  # with the model's libraries, which take seconds to import
-
     answers = read_answers(str(evaluation))
     return [(a.id, Reply(a.question, a.answer, a.truth, a.correct, a.type)) for a in answers]
 
