@@ -6,6 +6,7 @@ Imports are read from the syntax tree, wherever they stand, so a late import ins
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,9 @@ PACKAGES = ("flashsloth", "pipelines", "jobs")
 CORE = {"torch", "transformers", "tokenizers", "huggingface_hub", "PIL", "numpy", "safetensors"}
 # Rooms of pipelines that know nothing of each other; prepare, feed, training and serving put them together.
 ROOMS = ("pipelines.corpora", "pipelines.shards", "pipelines.encode")
+# What takes seconds and hundreds of megabytes to import. A job asks for it once its flags are read; these never do.
+MODEL_LIBRARIES = ("torch", "transformers", "flashsloth")
+LIGHT = ("pipelines.annotate", "pipelines.serve", "pipelines.serving.app", "pipelines.preparation.indexing")
 TOP_LEVEL = {
     *("flashsloth", "pipelines", "jobs", "cluster", "tests", "pyproject.toml", "README.md"),
     *("Makefile", "LICENSE", ".ci", ".github", ".gitignore", ".pre-commit-config.yaml"),
@@ -31,12 +35,16 @@ def module_name(file: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports_of(file: Path) -> Iterator[str]:
-    """Full names of what `file` imports; `from a import b` gives both a and a.b, since b may be a module."""
+def imports_of(file: Path, at_once: bool = False) -> Iterator[str]:
+    """Full names of what `file` imports; `from a import b` gives both a and a.b, since b may be a module.
+
+    With `at_once` only what is imported whenever the file is, and not by a function later.
+    """
     package = module_name(file).split(".")
     if file.name != "__init__.py":
         package = package[:-1]
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    for node in tree.body if at_once else ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -52,6 +60,28 @@ def is_inside(name: str, package: str) -> bool:
 
 def sources(*packages: str) -> list[Path]:
     return sorted(file for package in packages for file in (REPOSITORY / package).rglob("*.py"))
+
+
+@functools.cache
+def at_once(file: Path) -> tuple[str, ...]:
+    return tuple(imports_of(file, at_once=True))
+
+
+def imported_with(module: str) -> set[str]:
+    """Names of all that is imported whenever `module` is, of others than ours as they stand there."""
+    found: set[str] = set()
+    waiting = [module]
+    while waiting:
+        parts = waiting.pop().split(".")
+        for name in (".".join(parts[:length]) for length in range(1, len(parts) + 1)):
+            if name in found:
+                continue
+            found.add(name)
+            path = REPOSITORY.joinpath(*name.split("."))
+            for file in (path.with_suffix(".py"), path / "__init__.py"):
+                if file.is_file() and not is_inside(name, "flashsloth"):
+                    waiting.extend(at_once(file))
+    return found
 
 
 def violations(files: list[Path], forbidden: tuple[str, ...]) -> list[str]:
@@ -92,6 +122,15 @@ def test_nobody_imports_the_tests() -> None:
 def test_rooms_know_nothing_of_each_other(room: str) -> None:
     files = [file for file in sources("pipelines") if is_inside(module_name(file), room)]
     assert not violations(files, tuple(other for other in ROOMS if other != room))
+
+
+@pytest.mark.parametrize("module", [*LIGHT, *(module_name(file) for file in sources("jobs"))])
+def test_the_model_s_libraries_wait_until_they_are_needed(module: str) -> None:
+    assert not imported_with(module) & set(MODEL_LIBRARIES)
+
+
+def test_what_is_imported_at_once_is_found_through_others() -> None:
+    assert {"torch", "flashsloth", "pipelines.serving.prompts"} <= imported_with("pipelines.serving.service")
 
 
 def test_the_import_reader_sees_every_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
