@@ -219,21 +219,24 @@ class DyingProcess(EvaluatorProcess):
 def test_a_run_evaluates_its_checkpoints_although_the_evaluator_is_killed(
     ray_session: None,
     prepared: Path,
-    trained: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    settings = evaluated(prepared, tmp_path)
+    greedy = evaluated(prepared, tmp_path, evaluation__cpus=8)
     with pytest.raises(
         ResourceError, match=r"2 workers with 1 CPU each and 8 for evaluation.cpus, 10 in all; .* 4 CPU"
     ):
-        check_cluster(settings.scaling, evaluated(prepared, tmp_path, evaluation__cpus=8).evaluation)
+        check_cluster(greedy.scaling, greedy.evaluation)
+    # One worker: what matters here is what stands beside it.
+    settings = evaluated(prepared, tmp_path, scaling__num_workers=1)
+    undisturbed = evaluated(prepared, tmp_path / "undisturbed", scaling__num_workers=1)
+    train_on(1, undisturbed, tmp_path / "logs")
     monkeypatch.setattr(remote_evaluator, "EvaluatorProcess", DyingProcess)
     train(settings)
     said = capsys.readouterr().out
     assert "the evaluator died over step-00000002" in said and "starting another one, attempt 2 of 3" in said
-    assert losses(settings) == losses(evaluated(prepared, trained))  # training has not noticed
+    assert losses(settings) == losses(undisturbed)  # training has not noticed
 
     run = f"{tmp_path}/run"
     scores = read_scores(run)
@@ -241,8 +244,8 @@ def test_a_run_evaluates_its_checkpoints_although_the_evaluator_is_killed(
     lines = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
     logged = {line["checkpoint"]: line["evaluation"] for line in lines if "evaluation" in line}
     assert logged == {score.checkpoint: score.figures for score in scores}
-    plain = evaluator(evaluated(prepared, trained))
-    for score, name in zip(scores, reversed(stored_names(f"{trained}/run")), strict=True):
+    plain = evaluator(undisturbed)
+    for score, name in zip(scores, reversed(stored_names(f"{tmp_path}/undisturbed/run")), strict=True):
         assert score.loss == plain.evaluate(name).loss
     best = read_best(run)
     lowest = min(scores, key=lambda score: score.loss)
