@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,15 @@ def losses(settings: TrainSettings) -> dict[int, float]:
     """Step -> loss, as the run logged them."""
     lines = read_metrics(f"{settings.run.storage}/{settings.run.name}")
     return {line["step"]: line["loss"] for line in lines}
+
+
+def completed(run: Path, checkpoint: str) -> Path:
+    """The folder of this checkpoint, which is written while training goes on, when it is complete."""
+    deadline = time.monotonic() + 60
+    while not (complete := list(run.glob(f"{checkpoint}-*/checkpoint.json"))):
+        assert time.monotonic() < deadline, f"{checkpoint} has not been completed"
+        time.sleep(0.05)
+    return complete[0].parent
 
 
 def check_export(exported: str, prepared: Path) -> None:

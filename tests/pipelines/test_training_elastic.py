@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.training import losses, recipe, write_data
+from tests.training import completed, losses, recipe, write_data
 from tests.training_ranks import train_on
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
@@ -86,6 +86,7 @@ def disturbed_worker(config: dict[str, Any]) -> None:
         first = self.ranks.share(_first(storage / str(number)) if self.rank == 0 and number in (3, 4) else False)
         chosen = self.rank == _last_off_the_head(self)
         if first and number == 3 and chosen:
+            completed(storage / "run", "step-00000002")
             os.kill(os.getppid(), signal.SIGKILL)
             os.kill(os.getpid(), signal.SIGKILL)
         if first and number == 4:

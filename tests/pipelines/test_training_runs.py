@@ -16,7 +16,7 @@ import pytest
 from pipelines.report.run_sources import run_report
 from pipelines.training.launch import ResourceError, TrainingError, check_cluster, check_inputs, train
 from pipelines.training.metrics import read_metrics
-from tests.training import NUM_STEPS, check_export, losses, recipe, write_data
+from tests.training import NUM_STEPS, check_export, completed, losses, recipe, write_data
 from tests.training_ranks import train_on
 
 pytestmark = pytest.mark.ray
@@ -70,10 +70,10 @@ def disturbed_worker(config: dict[str, Any]) -> None:
 
     def disturbed(self: Any, number: int, *rest: Any) -> None:
         if self.rank == 1 and number == 3 and _first(storage / "killed"):
-            _completed(storage / "run", "step-00000002")
+            completed(storage / "run", "step-00000002")
             os.kill(os.getpid(), signal.SIGKILL)
         if self.rank == 1 and number == 5 and _first(storage / "hung"):
-            _damage(_completed(storage / "run", "step-00000004"))
+            _damage(completed(storage / "run", "step-00000004"))
             time.sleep(600)
         step(self, number, *rest)
 
@@ -86,15 +86,6 @@ def _first(marker: Path) -> bool:
         return False
     marker.touch()
     return True
-
-
-def _completed(run: Path, checkpoint: str) -> Path:
-    """The folder of this checkpoint, which is written while training goes on, when it is complete."""
-    deadline = time.monotonic() + 60
-    while not (complete := list(run.glob(f"{checkpoint}-*/checkpoint.json"))):
-        assert time.monotonic() < deadline, f"{checkpoint} has not been completed"
-        time.sleep(0.05)
-    return complete[0].parent
 
 
 def _damage(folder: Path) -> None:
