@@ -134,7 +134,7 @@ def test_a_rolling_update_under_load_loses_no_request(address: str, args: ServeA
         before = await two_engines(address)
         load = Load(address)
         update = args.model_copy(update={"limits": Limits(deadline_s=90, max_tokens=900)})
-        async with load.running(8, short_and_long, pause_s=0.5):
+        async with load.running(4, short_and_long, pause_s=1):
             await until(lambda: reached(load, 10), START_S, "10 answers")
             await asyncio.to_thread(serve.run, build_app(update), name=APPLICATION, logging_config=QUIET)
             done = sum(load.outcomes.values())
