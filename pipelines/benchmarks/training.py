@@ -11,6 +11,7 @@ from pydantic import Field, PositiveInt
 
 from pipelines.benchmarks.compiling import measure_compiling
 from pipelines.benchmarks.feeding import feed_alone, measure_padding
+from pipelines.benchmarks.full_size import measure_full_size
 from pipelines.benchmarks.machine import describe_machine
 from pipelines.benchmarks.overhead import measure_overhead
 from pipelines.benchmarks.rounds import Figures
@@ -19,7 +20,7 @@ from pipelines.benchmarks.step import StepBench, compare_steps
 from pipelines.benchmarks.table import Bound, Report, Table
 from pipelines.feed import PreparedRows
 
-Part = Literal["step", "overhead", "padding", "compile"]
+Part = Literal["step", "overhead", "padding", "compile", "full_size"]
 Found = tuple[list[Table], list[Bound], dict[str, Any]]
 """What a part has found: tables, bounds, and every single run."""
 
@@ -28,7 +29,8 @@ class TrainBenchmark(BenchmarkSettings):
     """What training is claimed to do, on the CPU at a mid-size configuration."""
 
     parts: list[Part] = Field(default=["step", "overhead", "padding"], min_length=1)
-    """What to measure; `step` includes the feed. Without `compile`, a quarter of an hour on two cores."""
+    """What to measure; `step` includes the feed. These take a quarter of an hour on two cores.
+    `compile` measures compiled layers, `full_size` the recipes with 3.2B parameters on a GPU."""
     micro_size: PositiveInt = 8
     """Rows that the published step puts through the model at once; our step gets the same rows."""
     feed_rows: PositiveInt = 512
@@ -53,6 +55,7 @@ def measure_train(settings: TrainBenchmark) -> Report:
         "overhead": _measure_overhead,
         "padding": _measure_padding,
         "compile": _measure_compiling,
+        "full_size": _measure_full_size,
     }
     tables: list[Table] = []
     bounds: list[Bound] = []
@@ -90,6 +93,10 @@ def _measure_compiling(settings: TrainBenchmark, work: Path) -> Found:
     bench = StepBench(work, settings.feed_rows, settings.micro_size, settings.seed)
     table, measured = measure_compiling(bench, settings.rounds)
     return [table], [], measured
+
+
+def _measure_full_size(settings: TrainBenchmark, work: Path) -> Found:
+    return measure_full_size(work, settings.seed, settings.quick)
 
 
 def _feed(settings: TrainBenchmark, bench: StepBench, ours_per_s: float) -> tuple[Table, list[Bound], list[Figures]]:

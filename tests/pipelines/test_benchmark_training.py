@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,9 +13,11 @@ from flashsloth.collation import collate
 from pipelines.benchmarks.bare_loop import bare_steps
 from pipelines.benchmarks.conversations import MAX_LENGTH, draw_shapes, sample_of, write_folder
 from pipelines.benchmarks.feeding import feed_alone, measure_padding
+from pipelines.benchmarks.full_size import draw_captions, measure_full_size, recipe_settings
 from pipelines.benchmarks.published import published_parts, published_shares, zero_image_pass
 from pipelines.benchmarks.sizes import TRAIN_PARTS
 from pipelines.benchmarks.step import VARIANTS
+from pipelines.benchmarks.timed_steps import time_steps
 from pipelines.feed import PreparedRows, TokenBudget
 from tests.pipelines.test_training_variants import plain_losses
 from tests.training import recipe, write_data
@@ -123,3 +127,26 @@ def test_the_bare_loop_computes_what_a_run_does(tmp_path):
     packed = {"batch__max_tokens": 400, "batch__pack_to": 200, "train_parts": TRAIN_PARTS}
     settings = recipe(write_data(tmp_path), tmp_path, scaling__num_workers=1, **packed)
     np.testing.assert_allclose(list(bare_steps(settings)), plain_losses(settings), rtol=1e-5)
+
+
+def test_a_recipe_at_full_size_is_timed_part_by_part(tmp_path: Path) -> None:
+    settings = recipe_settings(tmp_path, "instruct-hd", 0, on_gpu=False, quick=True)
+    assert settings.train_parts[0] == "vision_tower" and settings.precision == "bf16"  # as the recipe says
+    found = time_steps(settings)
+    figures, parts = found["figures"], found["parts"]
+    assert 0 < figures["mfu_vision"] < figures["mfu"] < 1 and figures["samples_per_s"] > 0
+    assert 0 < parts["of it the tower"] < parts["forward pass"] < parts["step"]
+    named = sum(parts[name] for name in ("forward pass", "backward pass", "update", "wait for data"))
+    assert 0.5 * parts["step"] < named <= parts["step"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_full_size_needs_a_gpu(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"needs a GPU; --quick shows that it runs"):
+        measure_full_size(tmp_path, 0, quick=False)
+
+
+def test_captions_are_short_and_have_a_picture_each() -> None:
+    shapes = draw_captions(500, 0)
+    assert shapes == draw_captions(500, 0) and all(shape.has_image and len(shape.answers) == 1 for shape in shapes)
+    assert np.mean([shape.answers[0] for shape in shapes]) == pytest.approx(14, rel=0.1)
