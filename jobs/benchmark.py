@@ -5,6 +5,8 @@
     python jobs/benchmark.py train                    # a step against the published forward, feed, overhead, padding
     python jobs/benchmark.py annotate                 # one annotation worker against the engine in it
     python jobs/benchmark.py serve                    # the service against a loop, static batching and its own engine
+    python jobs/benchmark.py engine                   # the bare engine at full size, on a GPU
+    python jobs/benchmark.py train --parts full_size  # the recipes at full size, on a GPU
     python jobs/benchmark.py data --quick             # small enough to see whether it runs; its figures mean nothing
 
 Ends with status 0 where every bound is met, 1 where one is not.
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 _SUBJECTS = {
     "annotate": ("annotating", "AnnotateBenchmark", "measure_annotate"),
     "data": ("data", "DataBenchmark", "measure_data"),
+    "engine": ("engine", "EngineBenchmark", "measure_engine"),
     "serve": ("serving", "ServeBenchmark", "measure_serve"),
     "train": ("training", "TrainBenchmark", "measure_train"),
 }

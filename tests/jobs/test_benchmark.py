@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from jobs.benchmark import main
 from pipelines.benchmarks.table import Report
@@ -30,4 +31,18 @@ def test_data_is_measured_from_beginning_to_end(tmp_path: Path) -> None:
 
 def test_a_subject_that_does_not_exist_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["dato"]) == 2
-    assert "annotate,data,serve,train" in capsys.readouterr().err
+    assert "annotate,data,engine,serve,train" in capsys.readouterr().err
+
+
+def test_the_engine_is_measured_at_a_tiny_size_without_a_gpu(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["engine", "--quick", "--output", str(tmp_path)]) == 0
+    report = Report.model_validate_json((tmp_path / "engine.json").read_text())
+    assert report.tables[0].text() in capsys.readouterr().out and not report.bounds
+    for name in ("base", "hd"):
+        figures = report.measured["engine"][name]
+        assert min(figures.values()) > 0 and figures["bytes_per_token"] < 2e6  # a tiny model in bf16
+    if not torch.cuda.is_available():
+        assert main(["engine", "--output", str(tmp_path)]) == 1
+        assert "needs a GPU; --quick shows that it runs" in capsys.readouterr().err
