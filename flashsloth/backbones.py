@@ -49,6 +49,19 @@ def build_from_backbones(
     return model
 
 
+def processor_fields(processor: FlashSlothProcessor) -> dict[str, Any]:
+    """Fields of `FlashSlothConfig` that the processor of a new model decides."""
+    return {
+        "tiling": processor.image_processor.tiling,
+        "num_query_tokens": processor.num_query_tokens,
+        "image_token_id": processor.image_token_id,
+        "query_token_id": processor.query_token_id,
+        "query_bias_token_id": processor.query_bias_token_id,
+        "eos_token_id": processor.eos_token_id,
+        "pad_token_id": processor.pad_token_id,
+    }
+
+
 def backbones_config(language: str, vision: str, processor: FlashSlothProcessor, **overrides: Any) -> FlashSlothConfig:
     """The configuration of what `build_from_backbones` builds from the same arguments; it raises the same."""
     text_config = AutoConfig.from_pretrained(language)
@@ -57,13 +70,7 @@ def backbones_config(language: str, vision: str, processor: FlashSlothProcessor,
     config = FlashSlothConfig(
         text_config=text_config.to_dict(),
         vision_config=_tower_config(vision).to_dict(),
-        tiling=processor.image_processor.tiling,
-        num_query_tokens=processor.num_query_tokens,
-        image_token_id=processor.image_token_id,
-        query_token_id=processor.query_token_id,
-        query_bias_token_id=processor.query_bias_token_id,
-        eos_token_id=processor.eos_token_id,
-        pad_token_id=processor.pad_token_id,
+        **processor_fields(processor),
         **overrides,
     )
     if config.num_image_tokens != processor.num_image_tokens:

@@ -19,6 +19,7 @@ from pydantic import PositiveInt
 from transformers.utils.logging import disable_progress_bar
 
 from flashsloth import FlashSlothConfig, FlashSlothForConditionalGeneration, FlashSlothProcessor
+from flashsloth.backbones import processor_fields
 from flashsloth.image_processing_flashsloth import decode_image
 from pipelines.annotate import annotate
 from pipelines.annotation.settings import AnnotateSettings
@@ -154,11 +155,7 @@ def write_checkpoint(folder: Path, processor: FlashSlothProcessor, seed: int, si
         **size.overrides
         | {"vision_config": size.overrides.get("vision_config", {}) | vision}
         | {"text_config": size.overrides["text_config"] | text},
-        image_token_id=processor.image_token_id,
-        query_token_id=processor.query_token_id,
-        query_bias_token_id=processor.query_bias_token_id,
-        eos_token_id=processor.eos_token_id,
-        pad_token_id=processor.pad_token_id,
+        **processor_fields(processor),
     )
     model = FlashSlothForConditionalGeneration(config)
     with torch.no_grad():

@@ -18,14 +18,14 @@ from pydantic import PositiveInt
 from flashsloth import (
     FlashSlothConfig,
     FlashSlothForConditionalGeneration,
-    FlashSlothImageProcessor,
     FlashSlothProcessor,
 )
+from flashsloth.backbones import processor_fields
 from pipelines.benchmarks.machine import describe_machine
 from pipelines.benchmarks.rounds import timed
 from pipelines.benchmarks.settings import BenchmarkSettings
+from pipelines.benchmarks.sizes import full_size_processor
 from pipelines.benchmarks.table import Bound, Report, Table
-from pipelines.scenes.tokenizer import train_tokenizer
 from pipelines.serving.engine import Encoder, Engine, EngineSettings, Prompt
 from pipelines.serving.sampling import Sampling
 
@@ -85,7 +85,7 @@ def measure_bandwidth(device: torch.device) -> float:
 
 
 def _measure(settings: EngineBenchmark, tiling: str, device: torch.device) -> dict[str, Any]:
-    processor = _processor(tiling, settings.quick)
+    processor = full_size_processor(tiling, settings.quick)
     model = random_model(processor, settings.quick, settings.seed, device)
     budgets = EngineSettings(max_length=1024, max_waiting=settings.at_once, image_cache_bytes=0)
     with Engine(model, processor, budgets) as engine:
@@ -117,25 +117,12 @@ def _ask(engine: Engine, prompt: Prompt) -> tuple[float, float]:
     return first - start, (time.perf_counter() - first) / (tokens - tokens_then)
 
 
-def _processor(tiling: str, quick: bool) -> FlashSlothProcessor:
-    images = FlashSlothImageProcessor(size=126 if quick else 384, tiling=tiling)
-    tokenizer = train_tokenizer([f"{_QUESTION} an answer ."] * 50, 400)
-    return FlashSlothProcessor(images, tokenizer, num_image_tokens=(9 if quick else 81) * images.num_tiles)
-
-
 def random_model(
     processor: FlashSlothProcessor, quick: bool, seed: int, device: torch.device
 ) -> FlashSlothForConditionalGeneration:
     """A model in bf16 that never ends an answer, and says nothing that the processor's small vocabulary lacks."""
     shape = FlashSlothConfig.tiny if quick else FlashSlothConfig.base
-    config = shape(
-        tiling=processor.image_processor.tiling,
-        image_token_id=processor.image_token_id,
-        query_token_id=processor.query_token_id,
-        query_bias_token_id=processor.query_bias_token_id,
-        eos_token_id=processor.eos_token_id,
-        pad_token_id=processor.pad_token_id,
-    )
+    config = shape(**processor_fields(processor))
     torch.manual_seed(seed)
     with torch.device(device):
         model = FlashSlothForConditionalGeneration(config).to(torch.bfloat16)

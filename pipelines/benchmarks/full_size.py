@@ -14,11 +14,10 @@ import numpy as np
 import torch
 import yaml
 
-from flashsloth import FlashSlothImageProcessor, FlashSlothProcessor
 from pipelines.benchmarks.conversations import Shape, draw_shapes, write_folder
+from pipelines.benchmarks.sizes import full_size_processor
 from pipelines.benchmarks.table import Bound, Table
 from pipelines.benchmarks.timed_steps import WARM_UP, time_steps
-from pipelines.scenes.tokenizer import train_tokenizer
 from pipelines.training.launch import resolve_settings
 from pipelines.training.settings import TrainSettings
 
@@ -51,17 +50,15 @@ def recipe_settings(work: Path, name: str, seed: int, on_gpu: bool, quick: bool)
     """The settings of a recipe for one worker, and what they read: a processor and a prepared folder in `work`."""
     recipe = yaml.safe_load((RECIPES / f"{name}.yaml").read_text("utf-8"))
     tiling = recipe["model"].get("tiling", "base")
-    tokenizer = train_tokenizer(["a question . an answer ."] * 50, 400)
-    images = FlashSlothImageProcessor(size=126 if quick else 384, tiling=tiling)
-    per_tile = 9 if quick else 81
-    processor = FlashSlothProcessor(images, tokenizer, num_image_tokens=per_tile * images.num_tiles)
-    processor.save_pretrained(work / f"processor-{tiling}-{images.size}")
+    processor = full_size_processor(tiling, quick)
+    saved = work / f"processor-{tiling}-{processor.image_processor.size}"
+    processor.save_pretrained(saved)
     rows = 16 if quick else 2 * recipe["batch"]["global_size"]
     draw = draw_captions if name == "align" else draw_shapes
-    folder = work / f"full-size-{name}-{images.size}-{seed}-{rows}"
+    folder = work / f"full-size-{name}-{processor.image_processor.size}-{seed}-{rows}"
     recipe["model"] = {
         "preset": "tiny" if quick else "base" if tiling == "base" else "hd",
-        "processor": str(work / f"processor-{tiling}-{images.size}"),
+        "processor": str(saved),
         "gradient_checkpointing": recipe["model"]["gradient_checkpointing"],
         "overrides": {"text_config": {"max_position_embeddings": _LINE}} if quick else {},
     }

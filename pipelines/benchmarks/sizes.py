@@ -72,3 +72,11 @@ TINY = Size(
     num_image_tokens=9,
     overrides={"text_config": {"max_position_embeddings": 3072}, "pooling_dropout": 0.0},
 )
+
+
+def full_size_processor(tiling: str, quick: bool) -> FlashSlothProcessor:
+    """What the published model looks through, base or HD, with a few made-up words; with `quick`, the tiny one."""
+    size, per_tile = (TINY.image_size, TINY.num_image_tokens) if quick else (384, 81)
+    images = FlashSlothImageProcessor(size=size, tiling=tiling)
+    tokenizer = train_tokenizer(["a question . an answer ."] * 50, 400)
+    return FlashSlothProcessor(images, tokenizer, num_image_tokens=per_tile * images.num_tiles)

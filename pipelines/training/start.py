@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from flashsloth import (
     FlashSlothImageProcessor,
     FlashSlothProcessor,
 )
-from flashsloth.backbones import backbones_config, build_from_backbones
+from flashsloth.backbones import backbones_config, build_from_backbones, processor_fields
 from flashsloth.configuration_flashsloth import TILES
 from pipelines.encode import encoder_facts
 from pipelines.feed import BudgetError, TokenBudget
@@ -171,15 +170,7 @@ def _config(model: ModelSettings, processor: FlashSlothProcessor) -> FlashSlothC
 def _preset(model: ModelSettings, processor: FlashSlothProcessor) -> FlashSlothConfig:
     """The preset's configuration; ids, tiling and vocabulary follow the processor where the recipe is silent."""
     vocabulary = -(-len(processor.tokenizer) // 8) * 8  # a multiple of 8 suits matrix units
-    fields: dict[str, Any] = {
-        "tiling": processor.image_processor.tiling,
-        "num_query_tokens": processor.num_query_tokens,
-        "image_token_id": processor.image_token_id,
-        "query_token_id": processor.query_token_id,
-        "query_bias_token_id": processor.query_bias_token_id,
-        "eos_token_id": processor.eos_token_id,
-        "pad_token_id": processor.pad_token_id,
-    } | model.overrides
+    fields = processor_fields(processor) | model.overrides
     if model.preset == "tiny":
         fields["text_config"] = {"vocab_size": vocabulary} | fields.get("text_config", {})
         fields["vision_config"] = {"image_size": processor.image_processor.size} | fields.get("vision_config", {})

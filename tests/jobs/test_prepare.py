@@ -143,13 +143,13 @@ def test_from_s3_to_s3(tmp_path: Path, s3_uri: str) -> None:
     write_processor(tmp_path)
     corpus, output = storage.join(s3_uri, "corpus"), storage.join(s3_uri, "prepared")
     source = {"path": storage.join(corpus, "corpus.jsonl"), "image_root": corpus}
-    driver = start(write_recipe(tmp_path, sources=[source], output=output, chunk_rows=12))  # a worker, not one a chunk
+    driver = start(write_recipe(tmp_path, sources=[source], output=output))
     try:
         out, _ = driver.communicate(timeout=180)
     finally:
         _kill_session(driver)
     assert driver.returncode == 0, out
-    assert "12 rows planned, 11 written in 1 shards, 1 quarantined\n  image_missing: 1\n" in out
+    assert "12 rows planned, 11 written in 3 shards, 1 quarantined\n  image_missing: 1\n" in out
     dataset = ShardedDataset(output, cache_dir=str(tmp_path / "cache"))
     processor = FlashSlothProcessor.from_pretrained(tmp_path / "processor")
     for number in range(11):

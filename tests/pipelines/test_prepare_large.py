@@ -26,14 +26,7 @@ from tests.memory import peak_growth
 from tests.preparation import plan_terms
 
 MB = 10**6
-SIZES = [pytest.param(6_653, id="short"), pytest.param(66_530, id="long", marks=pytest.mark.slow)]
-"""Images: a hundredth and a tenth of the LLaVA mix."""
-
-
-@pytest.fixture(autouse=True)
-def not_by_the_way(request: pytest.FixtureRequest) -> None:
-    if request.node.get_closest_marker("slow") and "slow" not in request.config.getoption("markexpr"):
-        pytest.skip("the full size: run it by pytest -m slow")
+NUM_IMAGES = 66_530  # a tenth of the LLaVA mix
 
 
 def write_llava(path: Path, rows: int, row_bytes: int) -> Path:
@@ -81,13 +74,13 @@ def test_665k_rows_in_a_gigabyte(tmp_path: Path) -> None:
     assert read(path, spans[-2:]) == spans[-2].rows + spans[-1].rows
 
 
-@pytest.mark.parametrize("million", [pytest.param(1, id="short"), pytest.param(10, id="long", marks=pytest.mark.slow)])
-def test_the_plan_of_ten_million_rows_takes_less_than_four_gigabytes(tmp_path: Path, million: int) -> None:
+@pytest.mark.slow
+def test_the_plan_of_ten_million_rows(tmp_path: Path) -> None:
     """With 62 rows to a chunk, as for features of fp16: the smallest chunks that a recipe makes by itself."""
     path = tmp_path / "corpus.jsonl"
     line = '{"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}\n'
     with path.open("w") as file:
-        for _ in range(100 * million):
+        for _ in range(1000):
             file.write(line * 10_000)
     plans: list[Plan] = []
 
@@ -100,17 +93,17 @@ def test_the_plan_of_ten_million_rows_takes_less_than_four_gigabytes(tmp_path: P
         plans[0].describe("made up")
 
     growth = peak_growth(make)
-    print(f"\n{million} million rows in {len(plans[0].chunks):,} chunks: {growth / MB:,.0f} MB")
-    assert plans[0].num_rows == million * 10**6
-    assert growth < million * 400 * MB
+    print(f"\n10 million rows in {len(plans[0].chunks):,} chunks: {growth / MB:,.0f} MB")
+    assert plans[0].num_rows == 10_000_000
+    assert growth < 4000 * MB
 
 
-@pytest.mark.parametrize("num_images", SIZES)
-def test_the_pins_of_many_images(tmp_path: Path, num_images: int) -> None:
+@pytest.mark.slow
+def test_the_pins_of_66k_images(tmp_path: Path) -> None:
     """Made-up files in one folder."""
-    path = write_llava(tmp_path / "corpus.json", num_images, 1500)
+    path = write_llava(tmp_path / "corpus.json", NUM_IMAGES, 1500)
     (tmp_path / "coco").mkdir()
-    for number in range(num_images):
+    for number in range(NUM_IMAGES):
         (tmp_path / "coco" / f"{number:012d}.jpg").touch()
     sources = source_terms([SourceSettings(path=str(path), image_root=str(tmp_path))])
     chunks = index_files(range(1), sources, [str(path)], 113)
@@ -128,15 +121,15 @@ def test_the_pins_of_many_images(tmp_path: Path, num_images: int) -> None:
     facts = pins[0].facts()
     size = (tmp_path / "out" / facts.name).stat().st_size
     print(f"\n{facts.images:,} images pinned in {seconds:.1f} s by one process, {growth / MB:,.0f} MB, {size:,} bytes")
-    assert (facts.images, facts.absent, facts.unpinned) == (num_images, 0, 0)
-    assert size < 25 * num_images
+    assert (facts.images, facts.absent, facts.unpinned) == (NUM_IMAGES, 0, 0)
+    assert size < 25 * NUM_IMAGES
     assert growth < 150 * MB
     state = (tmp_path / "coco" / f"{7:012d}.jpg").stat()
     pins[0].check(str(tmp_path), f"coco/{7:012d}.jpg", State(state.st_size, state.st_mtime_ns))
 
 
-@pytest.mark.parametrize("num_images", SIZES)
-def test_a_store_lists_images_in_a_thousandth_of_the_requests(num_images: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+def test_a_store_lists_images_in_a_thousandth_of_the_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A made-up store that lists a folder of that many, and knows nothing else."""
     requests = []
 
@@ -145,13 +138,13 @@ def test_a_store_lists_images_in_a_thousandth_of_the_requests(num_images: int, m
             query = parse_qs(urlparse(self.path).query)
             first = int(query.get("continuation-token", ["0"])[0])
             requests.append(first)
-            stop = min(first + int(query["max-keys"][0]), num_images)
+            stop = min(first + int(query["max-keys"][0]), NUM_IMAGES)
             body = "".join(
                 f"<Contents><Key>coco/{n:012d}.jpg</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified>"
                 f"<ETag>&quot;{n:032x}&quot;</ETag><Size>{n % 1000}</Size></Contents>"
                 for n in range(first, stop)
             )
-            more = f"<NextContinuationToken>{stop}</NextContinuationToken>" if stop < num_images else ""
+            more = f"<NextContinuationToken>{stop}</NextContinuationToken>" if stop < NUM_IMAGES else ""
             head = f"<ListBucketResult><IsTruncated>{str(bool(more)).lower()}</IsTruncated>{more}"
             data = f"{head}{body}</ListBucketResult>".encode()
             self.send_response(200)
@@ -179,4 +172,4 @@ def test_a_store_lists_images_in_a_thousandth_of_the_requests(num_images: int, m
     print(
         f"\n{found:,} objects listed in {len(requests)} requests, {seconds:.1f} s, {cpu:.1f} s of CPU with the store's"
     )
-    assert found == num_images and len(requests) == -(-num_images // 1000)
+    assert found == NUM_IMAGES and len(requests) == -(-NUM_IMAGES // 1000)
