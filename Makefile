@@ -15,6 +15,10 @@ else
 TORCH ?= torch==$(TORCH_VERSION)
 endif
 
+# pip compiles what it has installed on one core, half of its time. Some packages hold templates that are no Python yet, at
+# which this fails in the end, and nothing else does.
+COMPILE := $(BIN)/python -m compileall -qq
+
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
@@ -28,11 +32,13 @@ $(INSTALLED): pyproject.toml
 	  echo 'error: no C++ compiler (g++ or c++) found. DeepSpeed builds its CPU communication with one:' \
 	       'install your system'"'"'s g++ (on Debian and Ubuntu the package g++)'; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet '$(TORCH)' || { \
+	@$(BIN)/python -m pip install --quiet --no-compile '$(TORCH)' || { \
 	  echo 'error: pip could not install $(TORCH) (its own message is above). Where it found no such version, either' \
 	       'add the index of the CPU wheels of PyTorch, named on pytorch.org/get-started, as PIP_EXTRA_INDEX_URL,' \
 	       'or take the default build: make TORCH=torch==$(TORCH_VERSION)'; exit 1; }
-	$(BIN)/python -m pip install --quiet --editable '.[ray,train,eval,dev]'
+	$(COMPILE) $(VENV) & $(BIN)/python -m pip install --quiet --no-compile --editable '.[ray,train,eval,dev]'; \
+	  status=$$?; wait; exit $$status
+	$(COMPILE) --workers 0 $(VENV) || true
 	@touch $@
 
 format: $(INSTALLED)  ## rewrite the sources in the one style

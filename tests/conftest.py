@@ -1,7 +1,11 @@
 """Fixtures shared by all rooms, one file per thing that is started or built."""
 
+import gc
 import os
 import signal
+from collections.abc import Iterator
+
+import pytest
 
 # Before anything imports torch: `make test` runs two processes on two cores, each with jobs of its own, and four busy
 # threads of tiny matrices on two cores wait for each other more than they compute.
@@ -9,6 +13,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Each Ray that a test starts would start a worker per CPU beforehand, and most tests need others, with an environment.
 os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 os.environ.setdefault("RAY_enable_worker_prestart", "0")
+# Hundreds of processes that tests start import the project: the first of them compiles it for all others.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 pytest_plugins = [
     "tests.fixtures.ray_session",
@@ -24,3 +30,14 @@ def pytest_configure() -> None:
     # Jobs of a shell in the background ignore Ctrl-C, and so would every process that a test starts and interrupts.
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    # What test modules import stays: there is no garbage among it, while it grows or ever after (flashsloth/__init__.py).
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
