@@ -1,11 +1,9 @@
 """Fixtures shared by all rooms, one file per thing that is started or built."""
 
-import gc
 import os
 import signal
-from collections.abc import Iterator
 
-import pytest
+import tests.processes.sitecustomize  # noqa: F401 (this process starts like all others)
 
 # Before anything imports torch: `make test` runs two processes on two cores, each with jobs of its own, and four busy
 # threads of tiny matrices on two cores wait for each other more than they compute.
@@ -30,14 +28,3 @@ def pytest_configure() -> None:
     # Jobs of a shell in the background ignore Ctrl-C, and so would every process that a test starts and interrupts.
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_collection() -> Iterator[None]:
-    # What test modules import stays: there is no garbage among it, while it grows or ever after (flashsloth/__init__.py).
-    gc.disable()
-    try:
-        return (yield)
-    finally:
-        gc.freeze()
-        gc.enable()

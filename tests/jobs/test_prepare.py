@@ -39,7 +39,7 @@ def write_recipe(folder: Path, **change: Any) -> str:
 
 def start(recipe: str, **environment: str) -> subprocess.Popen[str]:
     command = [sys.executable, "jobs/prepare.py", "--config", recipe]
-    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), **environment}
+    env = {**os.environ, **environment}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, cwd=REPOSITORY, env=env, start_new_session=True, **pipes)
 

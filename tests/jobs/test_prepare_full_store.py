@@ -40,7 +40,7 @@ def test_full_object_store_is_named_and_resumed(tmp_path: Path) -> None:
     )
     (tmp_path / "recipe.yaml").write_text(dump_settings(settings))
     command = [sys.executable, "jobs/prepare.py", "--config", str(tmp_path / "recipe.yaml")]
-    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), **FULL}
+    env = {**os.environ, **FULL}
     done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1, done
     assert "error: Ray's object store is full, and so is the disk that it spills to" in done.stderr
