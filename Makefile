@@ -51,10 +51,10 @@ check: $(INSTALLED)  ## lint, format, types, layering
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --quiet tests/test_layering.py
 
-# Tests of jobs wait a lot for processes to start: two at a time keep two cores busy. A file's tests share fixtures. In the
-# order of the tree the long files come early, so that neither of the two waits long for the other at the end.
+# Tests of jobs wait a lot for processes to start and to end: three at a time keep two cores busy. A file's tests share
+# fixtures. In the order of tests/conftest.py the long files come early, so that none waits long for another at the end.
 test: $(INSTALLED) $(if $(CI),browser)  ## every test
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 # The page is tested in a browser. Only a CI machine gets one this way; elsewhere that test says what it misses.
 browser:

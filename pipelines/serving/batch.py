@@ -77,7 +77,8 @@ class ContinuousBatch:
         self._tokenizer = Tokenizer.from_str(processor.tokenizer.backend_tokenizer.to_str())
         self._eos_token_id = processor.eos_token_id
         self._waiting: deque[Ticket] = deque()
-        self._lock = threading.Lock()  # of `_waiting`
+        self._lock = threading.Lock()  # of `_waiting`, `_joining`
+        self._joining = 0  # requests that neither wait nor have a row yet
         self._stepping = False
         self._batch_size = self._prefill_tokens = self._generated_tokens = 0
 
@@ -88,21 +89,22 @@ class ContinuousBatch:
 
     @property
     def full(self) -> bool:
-        """Whether the next request would be refused."""
-        return len(self._waiting) >= self.settings.max_waiting
+        """Whether the next request would be refused. Who gets a free slot at the next step waits for none."""
+        free = self.slots.num_slots - len(self.rows) - self._joining
+        return len(self._waiting) >= free + self.settings.max_waiting
 
     def submit(self, prompt: Prompt) -> Ticket:
         """Let a prompt wait for a slot.
 
         Raises:
             ValueError: the prompt does not fit together, or into any slot.
-            EngineFull: `max_waiting` requests wait.
+            EngineFull: `max_waiting` requests wait for a slot.
         """
         self.check(prompt)
         ticket = Ticket(prompt)
         with self._lock:
             if self.full:
-                raise EngineFull(f"{len(self._waiting)} requests wait, at most {self.settings.max_waiting} may")
+                raise EngineFull(f"{self.settings.max_waiting} requests wait for a slot, as many as may (max_waiting)")
             if not self.busy:
                 self.last_step_at = time.monotonic()
             self._waiting.append(ticket)
@@ -124,6 +126,7 @@ class ContinuousBatch:
             if self.rows:
                 self._decode()
         finally:
+            self._joining = 0
             self._stepping = False
             self.last_step_at = time.monotonic()
 
@@ -180,6 +183,7 @@ class ContinuousBatch:
                 if group and (too_long or len(new_images) > self.settings.image_batch_size):
                     break
                 group.append(self._waiting.popleft())
+            self._joining = len(group)
         return group
 
     def _prefill(self, group: Sequence[Ticket]) -> None:
@@ -194,7 +198,9 @@ class ContinuousBatch:
         elif failure is not None:
             _refuse(group[0], "error", failure)
         else:
-            self.rows += rows
+            with self._lock:
+                self._joining -= len(rows)
+                self.rows += rows
             self._prefill_tokens += sum(row.length for row in rows)
             self._take(first, tokens)
 

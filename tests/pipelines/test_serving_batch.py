@@ -216,15 +216,20 @@ def test_images_are_encoded_once_for_all_who_ask_about_them(
 
 
 def test_a_full_queue_refuses(processor: FlashSlothProcessor, build: Callable[..., ContinuousBatch]) -> None:
-    batch = build(max_slots=1, max_waiting=2)
-    prompts = mixed_prompts(processor)
-    batch.submit(prompts[0])
-    batch.submit(prompts[1])
-    with pytest.raises(EngineFull, match="2 requests wait, at most 2 may"):
-        batch.submit(prompts[2])
-    batch.step()
+    """Slots that are free count: as many may come at once as find one, and `max_waiting` more."""
+    batch = build(max_slots=3, max_waiting=2)
+    prompts = [sampled(prompt, max_tokens=20) for prompt in mixed_prompts(processor)]
+    for prompt in prompts[:5]:
+        assert not batch.full
+        batch.submit(prompt)
+    for _ in range(5):  # however far the first three are
+        with pytest.raises(EngineFull, match="2 requests wait for a slot, as many as may"):
+            batch.submit(prompts[5])
+        batch.step()
+    while batch.rows:
+        batch.step()
     assert not batch.full
-    batch.submit(prompts[2])
+    batch.submit(prompts[5])
 
 
 def fail_on(batch: ContinuousBatch, monkeypatch: pytest.MonkeyPatch, guilty: Prompt, error: Exception) -> None:

@@ -233,7 +233,7 @@ def test_a_full_engine_refuses_but_a_list_of_any_length_takes_its_turn(own_engin
     with pytest.raises(EngineFull):
         for prompt in prompts:
             tickets.append(own_engine.submit(sampled(prompt, max_tokens=900)))
-    assert 1 <= len(tickets) <= 2
+    assert len(tickets) == 2  # one with the slot, one that waits
     for ticket in tickets:
         ticket.cancel()
     answers = own_engine.generate(prompts)
