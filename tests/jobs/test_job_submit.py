@@ -94,6 +94,7 @@ def cluster() -> Iterator[Cluster]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.mark.timeout(600)
 def test_a_training_job_is_submitted_to_a_cluster_started_by_hand(
     cluster: Cluster, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -111,7 +112,7 @@ def test_a_training_job_is_submitted_to_a_cluster_started_by_hand(
         *("python", "jobs/train.py", "--config", "jobs/recipes/tiny-instruct.yaml"),
         *(f"--{name}={value}" for name, value in overrides.items()),
         environment=cluster.environment,
-        timeout_s=240,
+        timeout_s=480,  # DeepSpeed compiles in the first run on a machine
     )
     log = submitted.stdout + submitted.stderr
     assert submitted.returncode == 0, log
