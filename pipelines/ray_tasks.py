@@ -72,6 +72,7 @@ def quiet_context() -> DataContext:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.raise_original_map_exception = True
+    context.memory_usage_poll_interval_s = None  # a thread of each task would count its pages, every second
     # The first answer is that there are no CPUs, since it has not heard of any yet; with Ray Data's one second until it
     # asks again, a single task would run that long.
     ResourceManager.GLOBAL_LIMITS_UPDATE_INTERVAL_S = 0.1  # type: ignore[assignment]  # whole seconds by its default

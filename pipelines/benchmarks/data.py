@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Literal
 
 import ray
@@ -42,7 +43,7 @@ class DataBenchmark(BenchmarkSettings):
     """Preparing images to `pixels` against a bare loop and a PyTorch DataLoader; shards against other formats."""
 
     parts: list[Part] = Field(default=["prepare", "sharing", "growth", "read"], min_length=1)
-    """What to measure: all of it takes about ten minutes on two cores."""
+    """What to measure: all of it takes about a quarter of an hour on two cores."""
     photos: int = Field(default=2000, gt=0)
     """Made-up photos of about 500 x 400 pixels."""
     row_counts: list[int] = Field(default=[1000, 5000, 20000], min_length=2)
@@ -126,17 +127,19 @@ class _Bench:
         """More and more rows."""
         ray.shutdown()  # each size starts its own
         counts = self.settings.row_counts
-        found: dict[int, Figures] = {}
-        for count in counts:
-            found[count] = grown(self.corpus, self.rows(count), self.few, self._local("grown"), self.warm)
-            _say(f"{count:,} rows: {1000 * found[count]['seconds'] / count:.3f} ms a row, {found[count]}")
-        self.tables.append(growth_table(found))
-        times = [1 / figures["rows_per_s"] for figures in found.values()]
-        self._bound(f"time of a row, slowest of {counts} rows by fastest", max(times) / min(times), at_most=1.15)
+        sizes = {
+            f"{count:,}": partial(grown, self.corpus, self.rows(count), self.few, self._local("grown"), self.warm)
+            for count in counts
+        }
+        rounds = take_turns(sizes, self.settings.rounds, partial(_say_of, "rows"))
+        self.tables.append(growth_table(rounds))
+        slowest_by_fastest = median(_spread_of_times(each) for each in rounds.figures)
+        self._bound(f"time of a row, slowest of {counts} rows by fastest", slowest_by_fastest, at_most=1.15)
+        first, *_, last = sizes
         for who in ("driver", "worker"):
-            growth = found[counts[-1]][f"{who}_mib"] / found[counts[0]][f"{who}_mib"]
-            self._bound(f"peak memory of a {who}, {counts[-1]:,} rows by {counts[0]:,}", growth, at_most=1.1)
-        self.measured["growth"] = found
+            growth = rounds.ratio(last, first, f"{who}_mib").median
+            self._bound(f"peak memory of a {who}, {last} rows by {first}", growth, at_most=1.1)
+        self.measured["growth"] = rounds.record()
 
     def share_images(self) -> None:
         """Images stored once, where they repeat and where they do not. No bound: it is off by default."""
@@ -193,6 +196,11 @@ class _Bench:
             self.bounds.append(Bound(name=name, sense="at least", wanted=at_least, measured=measured))
         if at_most is not None:
             self.bounds.append(Bound(name=name, sense="at most", wanted=at_most, measured=measured))
+
+
+def _spread_of_times(sizes: Mapping[str, Figures]) -> float:
+    rates = [figures["rows_per_s"] for figures in sizes.values()]
+    return max(rates) / min(rates)
 
 
 def _say_of(what: str, line: str) -> None:

@@ -48,13 +48,14 @@ def preparing_table(rounds: Rounds, cores: int, bare: str, again: Mapping[str, f
     )
 
 
-def growth_table(found: Mapping[int, Figures]) -> Table:
-    """The cost of a row by the number of rows."""
-    rows = [
-        [f"{count:,}", f"{1000 / each['rows_per_s']:.2f}", f"{each['driver_mib']:,.0f}", f"{each['worker_mib']:,.0f}"]
-        for count, each in found.items()
-    ]
-    columns = ["rows", "ms/row", "driver's peak, MiB", "largest worker's peak, MiB"]
+def growth_table(rounds: Rounds) -> Table:
+    """The cost of a row by the number of rows; the contestants are the numbers."""
+    rows = []
+    for name in rounds.figures[0]:
+        rate, driver, worker = (rounds.spread(name, each) for each in ("rows_per_s", "driver_mib", "worker_mib"))
+        times = f"{1000 / rate.median:.2f} ({1000 / rate.high:.2f} to {1000 / rate.low:.2f})"
+        rows.append([name, times, f"{driver.median:,.0f}", f"{worker.median:,.0f}"])
+    columns = ["rows", "ms/row (lowest to highest)", "driver's peak, MiB", "largest worker's peak, MiB"]
     return Table(title="More rows", columns=columns, rows=rows)
 
 

@@ -80,4 +80,5 @@ def test_tables_hold_the_ratios() -> None:
     assert ours[:3] == ["ours", "180", "90% (90% to 90%)"] and ours[-1] == "1.90"
     assert reading_table("disk", {"random": rounds}).rows[1] == ["random: ours", "180", "90", "0.56"]
     memory = {"driver_mib": 1.0, "worker_mib": 2.0}
-    assert growth_table({1000: {"rows_per_s": 250.0, **memory}}).rows == [["1,000", "4.00", "1", "2"]]
+    grown = Rounds([{"1,000": {"rows_per_s": rate, **memory}} for rate in (250.0, 500.0, 200.0)], [0.0] * 3)
+    assert growth_table(grown).rows == [["1,000", "4.00 (2.00 to 5.00)", "1", "2"]]
