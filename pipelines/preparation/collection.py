@@ -10,6 +10,7 @@ than that goes.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,13 +23,17 @@ from fsspec import AbstractFileSystem
 from pipelines import storage
 from pipelines.preparation.image_pins import PIN_FOLDER
 from pipelines.preparation.plan import PLAN_NAME, load_plan
-from pipelines.shards.images import IMAGE_FOLDER, image_keys, image_name
+from pipelines.shards.images import IMAGE_FOLDER, IMAGE_PATH, image_keys, image_name
 from pipelines.shards.manifest import MANIFEST_NAME
 from pipelines.shards.receipts import RECEIPT_FOLDER, Receipt
 from pipelines.shards.writer import SHARD_FOLDER
 
-_FOLDERS = (f"{SHARD_FOLDER}/", f"{IMAGE_FOLDER}/", f"{PIN_FOLDER}/")
-_TEMPORARY_SUFFIX = ".part"  # of the files that `storage` writes beside their place
+# Only what bears a name that we give is ours: an output may lie where its user keeps other things, images above all.
+_SHARD_OR_PINS = re.compile(rf"({SHARD_FOLDER}|{PIN_FOLDER})/[0-9a-f]{{64}}\.arrow")
+# What `storage` writes beside the place of a file.
+_TEMPORARY = re.compile(
+    rf"(({SHARD_FOLDER}|{PIN_FOLDER}|{RECEIPT_FOLDER}|{IMAGE_FOLDER}/[0-9a-f]{{2}})/)?\.[^/]+\.[0-9a-f]{{32}}\.part"
+)
 
 
 class CollectionError(ValueError):
@@ -106,8 +111,8 @@ def remove(folder: str, garbage: list[Garbage]) -> list[Garbage]:
 def _leftovers(file_system: AbstractFileSystem, root: str, now: float) -> Iterator[Garbage]:
     """Every shard, shared image and table of pins, named or not, and every temporary file."""
     for path, facts in file_system.find(root, detail=True).items():
-        is_data = _below(root, path).startswith(_FOLDERS)
-        if is_data or path.endswith(_TEMPORARY_SUFFIX):
+        name = _below(root, path)
+        if any(shape.fullmatch(name) for shape in (_SHARD_OR_PINS, IMAGE_PATH, _TEMPORARY)):
             yield Garbage(path, facts["size"], (now - _written_at(facts)) / 3600)
 
 

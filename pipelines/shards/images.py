@@ -7,6 +7,7 @@ It holds an Arrow file of one row and, behind it, the sha256 of that file, so a 
 from __future__ import annotations
 
 import hashlib
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
@@ -15,6 +16,8 @@ from pipelines import storage
 from pipelines.shards.schema import IMAGE_SCHEMA
 
 IMAGE_FOLDER = "images"
+IMAGE_PATH = re.compile(rf"{IMAGE_FOLDER}/[0-9a-f]{{2}}/[0-9a-f]{{64}}\.arrow")
+"""Path of a shared image below the dataset's folder. Whatever else lies there is not ours."""
 _DIGEST_BYTES = 32
 _THREADS = 16  # an object store answers in tens of milliseconds
 
@@ -35,8 +38,10 @@ class ImageStore:
 
     def total(self) -> tuple[int, int]:
         """Number of images that are stored, and their bytes."""
-        file_system, path = storage.filesystem(storage.join(self.folder, IMAGE_FOLDER))
-        sizes = [facts["size"] for facts in file_system.find(path, detail=True).values()]
+        file_system, root = storage.filesystem(self.folder)
+        found = file_system.find(storage.join(root, IMAGE_FOLDER), detail=True)
+        ours = {path: facts for path, facts in found.items() if IMAGE_PATH.fullmatch(path.removeprefix(root).lstrip("/"))}
+        sizes = [facts["size"] for facts in ours.values()]
         return len(sizes), sum(sizes)
 
     def put(self, images: pa.Table) -> None:

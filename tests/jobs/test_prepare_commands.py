@@ -132,7 +132,7 @@ def test_inspect_without_the_processor_says_so(changeable: Path, capsys: pytest.
 
 def test_gc_removes_only_what_no_receipt_names(changeable: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kept = {path for path in changeable.rglob("*") if path.is_file()}
-    orphan, part = changeable / "shards" / f"{'0' * 64}.arrow", changeable / "receipts" / ".x.json.1.part"
+    orphan, part = changeable / "shards" / f"{'0' * 64}.arrow", changeable / "receipts" / f".00000001.json.{'1' * 32}.part"
     orphan.write_bytes(b"x" * 1_000_000)
     part.write_bytes(b"x" * 500_000)
     assert main(["gc", str(changeable), "--dry-run"]) == 0
@@ -144,6 +144,22 @@ def test_gc_removes_only_what_no_receipt_names(changeable: Path, capsys: pytest.
     assert "2 objects removed, 1.5 MB" in capsys.readouterr().out
     assert {path for path in changeable.rglob("*") if path.is_file()} == kept
     assert main(["verify", str(changeable)]) == 0
+
+
+def test_gc_leaves_what_is_not_of_our_making_in_a_folder_that_is_also_the_corpus(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_corpus(tmp_path, 3)
+    write_processor(tmp_path)
+    mine = [tmp_path / "shards" / "mine.arrow", tmp_path / "pins" / "a.arrow", tmp_path / "images" / ".film.part"]
+    for path in mine:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"mine")
+    prepare_here(prepare_settings(tmp_path, output=str(tmp_path)))
+    kept = {path for path in tmp_path.rglob("*") if path.is_file()}
+    assert main(["gc", str(tmp_path)]) == 0
+    assert "0 objects removed" in capsys.readouterr().out
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == kept
 
 
 def test_gc_leaves_the_work_of_a_running_driver_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,8 +189,11 @@ def test_gc_on_an_object_store(changeable: Path, s3_uri: str, capsys: pytest.Cap
     for file in changeable.rglob("*"):
         if file.is_file():
             storage.write_bytes(storage.join(folder, str(file.relative_to(changeable))), file.read_bytes())
-    storage.write_bytes(storage.join(folder, "shards", "left.arrow"), b"x" * 1000)
+    left = f"{'0' * 64}.arrow"
+    storage.write_bytes(storage.join(folder, "shards", left), b"x" * 1000)
+    storage.write_bytes(storage.join(folder, "images", "mine.jpg"), b"x" * 1000)
     assert main(["gc", folder]) == 0
     assert "1 object removed, 0.0 MB" in capsys.readouterr().out
-    assert "left.arrow" not in storage.list_names(storage.join(folder, "shards"))
+    assert left not in storage.list_names(storage.join(folder, "shards"))
+    assert storage.list_names(storage.join(folder, "images")) == ["mine.jpg"]
     assert main(["verify", folder]) == 0
