@@ -13,12 +13,13 @@ from flashsloth import FlashSlothProcessor
 from pipelines import storage
 from pipelines.encode import EncoderFacts, encoder_facts
 from pipelines.preparation.chain import run_chunks
+from pipelines.preparation.code import code_identity, library_versions
 from pipelines.preparation.data_receipt import LastRun
 from pipelines.preparation.estimate import estimate_bytes, image_bytes
 from pipelines.preparation.image_pins import ImagePins
 from pipelines.preparation.indexing import pin_images, plan_chunks
 from pipelines.preparation.ledger import Ledger
-from pipelines.preparation.plan import Plan, Terms, check_terms, code_identity, load_plan
+from pipelines.preparation.plan import Plan, Terms, check_terms, load_plan
 from pipelines.preparation.processor import load_processor
 from pipelines.preparation.row_images import SourceFiles, source_files
 from pipelines.preparation.settings import CONFIG_NAME, PrepareSettings
@@ -103,6 +104,7 @@ def make_terms(settings: PrepareSettings, processor: FlashSlothProcessor) -> Ter
         processor_identity=processor.identity(),
         encoder_identity=tower.identity if tower else None,
         code=code_identity(),
+        libraries=library_versions(tower is not None),
     )
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from pipelines import storage
 from pipelines.annotation import parts, questions
 from pipelines.annotation.settings import AnnotateSettings, PartFormat
-from pipelines.preparation.plan import PLAN_NAME, CorpusPlan, SourcedTerms, code_identity
+from pipelines.preparation.code import code_identity
+from pipelines.preparation.plan import PLAN_NAME, CorpusPlan, SourcedTerms
 from pipelines.preparation.sources import source_terms
 from pipelines.serving.checkpoint_files import check_folder, exported_files, fetch
 

@@ -10,28 +10,20 @@ state, by a resumed run too, ends the work with an error that names it.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
-from importlib import import_module
-from importlib.util import find_spec
 from itertools import count, groupby, islice
-from pathlib import Path
-from pkgutil import iter_modules
-from types import ModuleType
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
-from pipelines import corpora, records, storage
+from pipelines import storage
 from pipelines.corpora import FORMATS, spans
 from pipelines.corpora.spans import Extent, Span
-from pipelines.preparation import sources
 from pipelines.preparation.image_pins import ImagePins, PinFacts
 from pipelines.preparation.sources import PlanError, SourceTerms, check_unchanged, is_taken, row_key
 from pipelines.records import FileFormatError, Row
-from pipelines.shards import images, quantization, schema, writer
 from pipelines.shards.manifest import Layout, Payload
 
 PLAN_NAME = "plan.json"
@@ -69,6 +61,9 @@ class Terms(SourcedTerms):
     processor_identity: str
     encoder_identity: str | None
     code: str
+    """The sha256 of our own code that decides a row."""
+    libraries: dict[str, str] = Field(default_factory=dict)
+    """Name -> version of those that make ids, pixels and features."""
 
 
 class Chunk(BaseModel):
@@ -260,22 +255,6 @@ class _Counted:
         for extent in self._extents:
             self.count += 1
             yield extent
-
-
-def code_identity() -> str:
-    """The sha256 of the code that decides what a row becomes."""
-    formats = sorted(module.name for module in iter_modules(corpora.__path__, f"{corpora.__name__}."))
-    modules: list[ModuleType] = [sources, *map(import_module, formats), records, quantization, images, schema, writer]
-    texts = [*_model_sources(), *(inspect.getsource(module) for module in modules)]
-    return storage.sha256("".join(texts).encode())
-
-
-def _model_sources() -> Iterator[str]:
-    """As files: to import them is to import torch, seconds of a driver or a task that needs nothing of it."""
-    spec = find_spec("flashsloth")
-    assert spec is not None and spec.submodule_search_locations is not None
-    for name in ("conversation", "image_processing_flashsloth", "processing_flashsloth"):
-        yield Path(spec.submodule_search_locations[0], f"{name}.py").read_text("utf-8")
 
 
 def _flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -40,7 +40,9 @@ class ImageStore:
         """Number of images that are stored, and their bytes."""
         file_system, root = storage.filesystem(self.folder)
         found = file_system.find(storage.join(root, IMAGE_FOLDER), detail=True)
-        ours = {path: facts for path, facts in found.items() if IMAGE_PATH.fullmatch(path.removeprefix(root).lstrip("/"))}
+        ours = {
+            path: facts for path, facts in found.items() if IMAGE_PATH.fullmatch(path.removeprefix(root).lstrip("/"))
+        }
         sizes = [facts["size"] for facts in ours.values()]
         return len(sizes), sum(sizes)
 

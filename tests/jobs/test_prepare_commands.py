@@ -132,7 +132,10 @@ def test_inspect_without_the_processor_says_so(changeable: Path, capsys: pytest.
 
 def test_gc_removes_only_what_no_receipt_names(changeable: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kept = {path for path in changeable.rglob("*") if path.is_file()}
-    orphan, part = changeable / "shards" / f"{'0' * 64}.arrow", changeable / "receipts" / f".00000001.json.{'1' * 32}.part"
+    orphan, part = (
+        changeable / "shards" / f"{'0' * 64}.arrow",
+        changeable / "receipts" / f".00000001.json.{'1' * 32}.part",
+    )
     orphan.write_bytes(b"x" * 1_000_000)
     part.write_bytes(b"x" * 500_000)
     assert main(["gc", str(changeable), "--dry-run"]) == 0

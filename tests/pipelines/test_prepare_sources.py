@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,14 @@ import pytest
 
 from pipelines import corpora
 from pipelines.preparation import plan
-from pipelines.preparation.plan import Chunk, check_rows, code_identity, index_files, read_chunk, scans
+from pipelines.preparation.code import code_files, code_identity
+from pipelines.preparation.plan import Chunk, check_rows, check_terms, index_files, read_chunk, scans
+from pipelines.preparation.processor import load_processor
 from pipelines.preparation.settings import PrepareSettings, SourceSettings
 from pipelines.preparation.sources import PlanError, SourceTerms, source_terms
+from pipelines.prepare import make_terms
+from tests.corpus import write_corpus, write_processor
+from tests.preparation import begin, prepare_settings
 
 
 def write(folder: Path, name: str, rows: int) -> Path:
@@ -151,15 +155,26 @@ def test_a_source_without_rows_is_named(tmp_path: Path) -> None:
     assert len(ids(terms, chunks)) == 2
 
 
-def test_the_identity_of_the_code_covers_every_format(monkeypatch: pytest.MonkeyPatch) -> None:
-    before, seen = code_identity(), []
-    getsource = inspect.getsource
-    monkeypatch.setattr(inspect, "getsource", lambda module: seen.append(module.__name__) or getsource(module))
+def test_the_identity_of_the_code_covers_all_that_decides_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, files = code_identity(), code_files()
     assert code_identity() == before
-    files = {f"pipelines.corpora.{file.stem}" for file in Path(corpora.__path__[0]).glob("[a-z]*.py")}
-    assert files < set(seen) and {form.__name__ for form in corpora.FORMATS.values()} < set(seen)  # type: ignore[attr-defined]
-    for name in sorted(files):
-        monkeypatch.setattr(
-            inspect, "getsource", lambda module, name=name: getsource(module) + "#" * (module.__name__ == name)
-        )
-        assert code_identity() != before, name
+    names = {"/".join(file.parts[-2:]) for file in files}
+    assert names > {"corpora/" + file.name for file in Path(corpora.__path__[0]).glob("*.py")}
+    assert names > {"preparation/samples.py", "preparation/features.py", "pipelines/encode.py", "shards/writer.py"}
+    assert names > {"flashsloth/image_processing_flashsloth.py", "flashsloth/processing_flashsloth.py"}
+    read = Path.read_bytes
+    for file in files:
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "read_bytes", lambda path, file=file: read(path) + b"#" * (path == file))
+            assert code_identity() != before, file
+
+
+def test_a_run_with_another_library_goes_on_with_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_corpus(tmp_path, 4)
+    write_processor(tmp_path)
+    settings = prepare_settings(tmp_path)
+    planned = begin(settings)[0].plan.terms
+    monkeypatch.setattr("pipelines.preparation.code.version", lambda name: "0.1")
+    now = make_terms(settings, load_processor(settings))
+    with pytest.raises(PlanError, match=r"libraries\.pillow: was '[\d.]+', now '0\.1'; libraries\.tokenizers: was"):
+        check_terms(settings.output, planned, now)
