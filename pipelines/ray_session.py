@@ -29,6 +29,8 @@ def start_ray(num_cpus: int | None = None) -> None:
     """
     if ray.is_initialized():
         return
+    # Ray ends a task where a node runs out of memory, and begins it again: by its default without an end.
+    os.environ.setdefault("RAY_task_oom_retries", "10")
     address = os.environ.get("RAY_ADDRESS")
     if address:
         _join(address)

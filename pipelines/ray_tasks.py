@@ -14,12 +14,25 @@ from typing import Any, ParamSpec, TypeVar
 import pyarrow as pa
 from ray.data import DataContext, Dataset
 from ray.data._internal.execution.resource_manager import ResourceManager
-from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError, RayTaskError
+from ray.exceptions import (
+    ActorDiedError,
+    NodeDiedError,
+    ObjectStoreFullError,
+    OutOfDiskError,
+    OutOfMemoryError,
+    RayError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 
 from pipelines.device_errors import DeviceError
 
 WHOLE_BLOCK: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
 """Arguments of `map_batches` that hand in a block as it is."""
+CRASHES = 3
+"""Workers that a chunk may cost by a fault of a machine; one more is its own fault. Ray Data would go on for ever."""
+CRASHED = (WorkerCrashedError, OutOfMemoryError, ActorDiedError, NodeDiedError)
+"""What Ray says of a task whose process was lost."""
 _DEVICE_TRIES = 3
 _LOUD_LOGGERS = ("exceptions", "_internal.execution.streaming_executor_state", "_internal.progress")
 
@@ -29,6 +42,10 @@ Done = TypeVar("Done")
 
 class ClusterError(ValueError):
     """Ray could not carry out the chunks; the message says what it lacks."""
+
+
+class CrashError(ClusterError):
+    """A worker died under the same chunk, again and again: its process, or the node that it ran on."""
 
 
 class _Carrier(Exception):
@@ -54,6 +71,7 @@ def column(chain: Dataset, name: str) -> Iterator[Any]:
     Raises:
         what a task raised, without Ray's wrapping, where its step is `carried`.
         ClusterError: Ray itself failed: its object store is full, its nodes are gone, ...
+        CrashError: a chunk cost CRASHES workers and one more.
     """
     try:
         # To prefetch would be to hold a finished chunk back until another one is: a kill would then cost it as well.
@@ -117,4 +135,9 @@ def _original(error: RayError) -> BaseException:
         )
     if isinstance(error, RayTaskError):
         return error
+    if isinstance(error, CRASHED):
+        return CrashError(
+            f"a chunk cost {CRASHES + 1} workers (Ray: {type(error).__name__}): a row of it may take more memory than "
+            "a worker has. What is done is kept: run again to go on from here"
+        )
     return ClusterError(f"Ray: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from pipelines.annotation.plan import AnnotationPlan
 from pipelines.annotation.settings import AnnotateSettings
 from pipelines.preparation.plan import Chunk
 from pipelines.preparation.row_images import SourceFiles
-from pipelines.ray_tasks import WHOLE_BLOCK, carried, column, quiet_context
+from pipelines.ray_tasks import CRASHES, WHOLE_BLOCK, carried, column, quiet_context
 
 if TYPE_CHECKING:
     from pipelines.annotation.answering import Asker
@@ -53,7 +54,8 @@ def run_chunks(
     context = quiet_context()
     # Ray adds a worker where the others hold 1.75 times the chunks that they run at once. Ours run all that they hold.
     context.autoscaling_config = AutoscalingConfig(actor_pool_util_upscaling_threshold=1.0)
-    with DataContext.current(context):
+    # A chain has no other place for `max_task_retries`.
+    with DataContext.current(context), warnings.catch_warnings(action="ignore", category=DeprecationWarning):
         chunks = ray.data.from_items(items, override_num_blocks=len(items))
         receipts = chunks.map_batches(
             AnnotationWorker,
@@ -137,4 +139,4 @@ def _actors(settings: AnnotateSettings) -> dict[str, Any]:
         max_concurrent_calls_per_actor=_CHUNKS_PER_WORKER,
         enable_true_multi_threading=True,
     )
-    return {"compute": pool, "num_cpus": workers.num_cpus, **share}
+    return {"compute": pool, "max_task_retries": CRASHES, "num_cpus": workers.num_cpus, **share}

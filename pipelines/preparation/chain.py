@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -17,6 +19,7 @@ import pyarrow.compute as pc
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext
+from ray.exceptions import RayError
 
 from flashsloth import FlashSlothProcessor
 from pipelines.encode import PatchEncoder
@@ -27,12 +30,14 @@ from pipelines.preparation.plan import Chunk, Plan, Terms
 from pipelines.preparation.row_images import SourceFiles
 from pipelines.preparation.samples import SampleMaker
 from pipelines.preparation.settings import EncoderSettings
-from pipelines.ray_tasks import WHOLE_BLOCK, carried, column, quiet_context
+from pipelines.ray_tasks import CRASHED, CRASHES, WHOLE_BLOCK, CrashError, carried, column, quiet_context
 from pipelines.shards.images import ImageStore
 from pipelines.shards.receipts import QuarantinedRow, Receipt, account
 from pipelines.shards.schema import IMAGE_SCHEMA, QUARANTINE_SCHEMA, SAMPLE_SCHEMA
 from pipelines.shards.writer import write_shard
 
+_TASK: dict[str, Any] = {"max_retries": CRASHES, **WHOLE_BLOCK}
+_SUSPECTS = 16  # chunks that are looked at where workers died of one
 _EXAMPLES = 12  # thumbnails in the data receipt, about
 # From so many chunks to a CPU on, two tasks share one; before, to start more workers would take longer than they save.
 _CHUNKS_TO_SHARE = 4
@@ -68,22 +73,24 @@ def run_chunks(
     Raises:
         what a task raised, without Ray's wrapping: PlanError, EncoderError, AccountingError, OSError, ...
         ClusterError: Ray itself failed: its object store is full, its nodes are gone, ...
+        CrashError: workers died of a chunk, which it names.
     """
     example_every = max(1, len(plan.chunks) // _EXAMPLES)
     held = ray.put(pins) if pins else None
     work = Work(plan.identity(), plan.terms, files, output, ray.put(processor), held, example_every)
     items = [{"number": number, **plan.chunks[number].model_dump()} for number in pending]
-    with DataContext.current(quiet_context()):
+    # A chain has no other place for `max_retries`.
+    with DataContext.current(quiet_context()), warnings.catch_warnings(action="ignore", category=DeprecationWarning):
         chunks = ray.data.from_items(items, override_num_blocks=len(items))
         if encoder:
-            samples = chunks.map_batches(partial(make_samples, work=work), **WHOLE_BLOCK)
+            samples = chunks.map_batches(partial(make_samples, work=work), **_TASK)
             samples = samples.map_batches(
                 FeatureActor, fn_constructor_args=(encoder,), **WHOLE_BLOCK, **_actors(encoder)
             )
-            receipts = samples.map_batches(partial(write_chunk, work=work), **WHOLE_BLOCK)
+            receipts = samples.map_batches(partial(write_chunk, work=work), **_TASK)
         else:
-            receipts = chunks.map_batches(partial(make_and_write, work=work), num_cpus=_cpus(len(items)), **WHOLE_BLOCK)
-    return map(Receipt.model_validate_json, column(receipts, "receipt"))
+            receipts = chunks.map_batches(partial(make_and_write, work=work), num_cpus=_cpus(len(items)), **_TASK)
+    return _named(plan, pending, work, map(Receipt.model_validate_json, column(receipts, "receipt")))
 
 
 @carried
@@ -96,6 +103,42 @@ def make_samples(chunks: pa.Table, work: Work) -> pa.Table:
 def make_and_write(chunks: pa.Table, work: Work) -> pa.Table:
     """A block with one chunk -> its receipt. Between two steps Ray Data would copy the images."""
     return write_chunk(make_samples(chunks, work), work)
+
+
+def _named(plan: Plan, pending: list[int], work: Work, receipts: Iterator[Receipt]) -> Iterator[Receipt]:
+    """`receipts`. Where workers died of a chunk, finds out of which: Ray does not say."""
+    left = dict.fromkeys(pending)
+    try:
+        for receipt in receipts:
+            left.pop(receipt.chunk)
+            yield receipt
+    except CrashError as error:
+        # Chunks begin in their order, so it is one of the first that are left.
+        for number in islice(left, _SUSPECTS):
+            chunk = plan.chunks[number]
+            if _is_deadly(chunk, number, work):
+                source = plan.terms.sources[chunk.source]
+                raise CrashError(
+                    f"source '{source.name}': {source.path}: workers die of chunk {number}, {chunk.rows} rows from row "
+                    f"{chunk.first_row} (line {chunk.first_line}) on. A row of them may take more memory than a worker "
+                    "has; to learn which, prepare into another output with chunk_rows: 1. What is done is kept"
+                ) from error
+        raise
+
+
+def _is_deadly(chunk: Chunk, number: int, work: Work) -> bool:
+    """Whether a worker dies of `chunk`, made once more and alone."""
+    try:
+        ray.get(ray.remote(_make_only).options(max_retries=0).remote({"number": number, **chunk.model_dump()}, work))
+    except CRASHED:
+        return True
+    except RayError:  # a fault of another kind, which is not what is looked for
+        return False
+    return False
+
+
+def _make_only(chunk: dict[str, int], work: Work) -> None:
+    make_samples(pa.Table.from_pylist([chunk]), work)
 
 
 class FeatureActor:
@@ -192,4 +235,8 @@ def _cpus(num_chunks: int) -> float:
 def _actors(encoder: EncoderSettings) -> dict[str, Any]:
     num_gpus = ray.cluster_resources().get("GPU", 0)
     share = {"num_gpus": encoder.num_gpus} if num_gpus else {"num_cpus": 1}
-    return {"compute": ActorPoolStrategy(min_size=encoder.min_workers, max_size=encoder.most(num_gpus)), **share}
+    return {
+        "max_task_retries": CRASHES,
+        "compute": ActorPoolStrategy(min_size=encoder.min_workers, max_size=encoder.most(num_gpus)),
+        **share,
+    }

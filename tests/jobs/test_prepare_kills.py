@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -12,12 +14,16 @@ import ray
 import ray.cluster_utils
 
 from pipelines import storage
+from pipelines.preparation.chain import run_chunks
+from pipelines.preparation.processor import load_processor
+from pipelines.preparation.row_images import source_files
 from pipelines.prepare import prepare
+from pipelines.ray_tasks import CrashError
 from pipelines.shards import Manifest, ShardedDataset
 from tests.corpus import row, write_corpus, write_processor
 from tests.fixtures.ray_session import SMALL_STORE
 from tests.kills import Blocked, start_driver, wait
-from tests.preparation import prepare_here, prepare_settings
+from tests.preparation import begin, prepare_here, prepare_settings
 
 pytestmark = pytest.mark.ray
 
@@ -120,3 +126,27 @@ def test_raylet_killed_amid_chunks_costs_those_chunks(corpus: Path, two_nodes: r
         driver.kill()
     assert driver.returncode == 0, out
     check(settings.output, expected)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_row_that_kills_its_worker_ends_the_run_and_is_named(corpus: Path) -> None:
+    settings = prepare_settings(corpus, sources=[{"path": str(corpus / "corpus.jsonl"), "image_root": str(corpus)}])
+    ledger, _ = begin(settings)
+    processor = load_processor(settings)
+    encode = processor.encode
+
+    def deadly(messages: Any, *args: Any, **kwargs: Any) -> Any:
+        if messages[3]["content"] == row(6)["conversations"][3]["value"]:
+            os._exit(139)  # as after a segmentation fault
+        return encode(messages, *args, **kwargs)
+
+    processor.encode = deadly
+    files = source_files(ledger.plan.terms.sources)
+    run = run_chunks(ledger.plan, ledger.pending, files, settings.output, processor, None, None)
+    named = (
+        r"source 'corpus': .*corpus\.jsonl: workers die of chunk 1, 4 rows from row 4 \(line 5\) on\..*chunk_rows: 1"
+    )
+    with pytest.raises(CrashError, match=named):
+        for receipt in run:
+            ledger.commit(receipt)
+    assert 1 not in ledger.receipts
