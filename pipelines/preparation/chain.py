@@ -32,7 +32,7 @@ from pipelines.preparation.samples import SampleMaker
 from pipelines.preparation.settings import EncoderSettings
 from pipelines.ray_tasks import CRASHED, CRASHES, WHOLE_BLOCK, CrashError, carried, column, quiet_context
 from pipelines.shards.images import ImageStore
-from pipelines.shards.receipts import QuarantinedRow, Receipt, account
+from pipelines.shards.receipts import QuarantinedRow, Receipt, account, keys_digest
 from pipelines.shards.schema import IMAGE_SCHEMA, QUARANTINE_SCHEMA, SAMPLE_SCHEMA
 from pipelines.shards.writer import write_shard
 
@@ -162,7 +162,8 @@ def write_chunk(samples: pa.Table, work: Work) -> pa.Table:
     good = samples.filter(pc.invert(bad)) if pc.any(bad).as_py() else samples  # a filter copies every image
     good = good.select(SAMPLE_SCHEMA.names).cast(SAMPLE_SCHEMA)
     rejected = samples.filter(bad).select(QUARANTINE_SCHEMA.names)
-    account(samples["key"].to_pylist(), good["key"].to_pylist(), rejected["key"].to_pylist())
+    written, quarantined = good["key"].to_pylist(), rejected["key"].to_pylist()
+    account(samples["key"].to_pylist(), written, quarantined)
     start = time.perf_counter()
     good = _images_apart(good, ImageStore(work.output)) if work.terms.share_images else good
     shard = write_shard(work.output, good) if good.num_rows else None
@@ -170,6 +171,7 @@ def write_chunk(samples: pa.Table, work: Work) -> pa.Table:
         plan=work.plan_identity,
         chunk=samples["chunk"][0].as_py(),
         planned=samples.num_rows,
+        keys=keys_digest(written + quarantined),
         shard=shard,
         quarantined=[QuarantinedRow(**row) for row in rejected.to_pylist()],
         facts=chunk_facts(samples, time.perf_counter() - start),

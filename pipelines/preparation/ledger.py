@@ -14,7 +14,7 @@ from pipelines.preparation.plan import Plan
 from pipelines.preparation.receipt_book import ReceiptBook
 from pipelines.shards.images import ImageStore
 from pipelines.shards.manifest import Manifest, QuarantineEntry
-from pipelines.shards.receipts import AccountingError, QuarantinedRow, Receipt
+from pipelines.shards.receipts import AccountingError, QuarantinedRow, Receipt, keys_digest
 from pipelines.shards.schema import QUARANTINE_SCHEMA, SAMPLE_SCHEMA, describe
 
 QUARANTINE_NAME = "quarantine.parquet"
@@ -28,6 +28,20 @@ class Ledger(ReceiptBook[Plan, Receipt]):
 
     def __init__(self, output: str, plan: Plan, max_quarantined_share: float) -> None:
         super().__init__(output, plan, Receipt, max_quarantined_share)
+
+    def commit(self, receipt: Receipt) -> None:
+        """As of any book.
+
+        Raises:
+            AccountingError: its rows are not those that were planned, each once. Nothing is kept of it then.
+        """
+        chunk = self.plan.chunks[receipt.chunk]
+        if receipt.keys != keys_digest(self.plan.keys(chunk)):
+            raise AccountingError(
+                f"chunk {receipt.chunk}: {chunk.rows} rows planned from row {chunk.first_row} on, "
+                f"{receipt.written} written and {len(receipt.quarantined)} quarantined, whose keys are others"
+            )
+        super().commit(receipt)
 
     def bad_example(self) -> str:
         """The first quarantined row, where it lies and why."""
@@ -56,7 +70,7 @@ class Ledger(ReceiptBook[Plan, Receipt]):
         return (row for receipt in self.ordered() for row in receipt.quarantined)
 
     def _account(self) -> None:
-        """Every row of every chunk is accounted for. That its keys are the planned ones its writer has checked."""
+        """Every row of every chunk is accounted for. That its keys are the planned ones `commit` has checked."""
         self.check_complete()
         for number, receipt in self.receipts.items():
             if receipt.planned != receipt.written + len(receipt.quarantined):

@@ -105,7 +105,8 @@ class ReceiptBook(ABC, Generic[PlanKind, ReceiptKind]):
         )
 
     def check_complete(self) -> None:
-        """Raise AccountingError unless every chunk has a receipt for exactly as many rows as were planned."""
+        """Raise AccountingError unless every chunk has a receipt for exactly as many rows as were planned, and no row
+        was planned twice."""
         if self.pending:
             raise AccountingError(f"{len(self.pending)} of {len(self.plan.chunks)} chunks have no receipt")
         for number, receipt in self.receipts.items():
@@ -114,6 +115,13 @@ class ReceiptBook(ABC, Generic[PlanKind, ReceiptKind]):
                     f"chunk {number}: {self.plan.chunks[number].rows} rows planned, the receipt is for "
                     f"{receipt.planned}"
                 )
+
+        free: dict[tuple[int, int], int] = {}  # the first row of a source that no chunk before has
+        for number, chunk in enumerate(self.plan.chunks):
+            first = free.get((chunk.source, chunk.repeat), 0)
+            if chunk.first_row < first:
+                raise AccountingError(f"chunk {number} begins at row {chunk.first_row}, one before it ends at {first}")
+            free[chunk.source, chunk.repeat] = chunk.first_row + chunk.rows
 
     def put_manifest(self, data: bytes) -> None:
         """Publish: the last write of all.

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
+import xxhash
 from pydantic import BaseModel, ConfigDict
 
 from pipelines.shards.manifest import ShardEntry
@@ -90,6 +91,8 @@ class ChunkReceipt(BaseModel, ABC):
 class Receipt(ChunkReceipt):
     """What became of the rows of one chunk in preparation."""
 
+    keys: str
+    """`keys_digest` of its rows, written and quarantined: the driver compares it with the keys of its plan."""
     shard: ShardEntry | None
     """None where every row of the chunk is quarantined."""
     quarantined: list[QuarantinedRow]
@@ -109,6 +112,11 @@ class Receipt(ChunkReceipt):
 def receipt_name(chunk: int) -> str:
     """Path of the receipt of `chunk` below the dataset's folder."""
     return f"{RECEIPT_FOLDER}/{chunk:08d}.json"
+
+
+def keys_digest(keys: Iterable[str]) -> str:
+    """What tells one set of keys from another, and a key that is there twice: in whatever order, 128 bits."""
+    return xxhash.xxh3_128_hexdigest("\n".join(sorted(keys)).encode())
 
 
 def account(planned: Collection[str], written: Collection[str], quarantined: Collection[str]) -> None:

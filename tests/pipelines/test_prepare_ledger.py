@@ -14,7 +14,7 @@ from pipelines.preparation.plan import Chunk, Plan, Terms, load_plan
 from pipelines.preparation.receipt_book import PublishError
 from pipelines.preparation.sources import PlanError, SourceTerms
 from pipelines.shards import Manifest
-from pipelines.shards.receipts import AccountingError, QuarantinedRow, Receipt
+from pipelines.shards.receipts import AccountingError, QuarantinedRow, Receipt, keys_digest
 from pipelines.shards.schema import SAMPLE_SCHEMA
 from pipelines.shards.writer import write_shard
 from tests.pipelines.test_shards import sample
@@ -53,8 +53,9 @@ def make_receipt(place: str, plan: Plan, chunk: int, bad: int = 0) -> Receipt:
         QuarantinedRow(key=key, id="", source="corpus", location="c.json:1", reason="image_missing", detail="gone")
         for key in plan.keys(plan.chunks[chunk])[2 - bad :]
     ]
+    keys = keys_digest(plan.keys(plan.chunks[chunk]))
     shard = write_shard(place, pa.Table.from_pylist(good, schema=SAMPLE_SCHEMA)) if good else None
-    return Receipt(plan=plan.identity(), chunk=chunk, planned=2, shard=shard, quarantined=rejected)
+    return Receipt(plan=plan.identity(), chunk=chunk, planned=2, keys=keys, shard=shard, quarantined=rejected)
 
 
 def test_resumes_where_its_receipts_end(place: str) -> None:
@@ -146,6 +147,26 @@ def test_lost_row_is_found(tmp_path: Path) -> None:
     receipt = make_receipt(str(tmp_path), plan, 0, bad=1)
     ledger.commit(receipt.model_copy(update={"quarantined": []}))
     with pytest.raises(AccountingError, match="chunk 0: 2 rows planned, 1 written, 0 quarantined"):
+        ledger.publish()
+
+
+def test_rows_that_were_not_planned_are_found_and_nothing_is_kept_of_them(tmp_path: Path) -> None:
+    plan = make_plan(chunks=2)
+    ledger = Ledger(str(tmp_path), plan, 0.5)
+    again = make_receipt(str(tmp_path), plan, 0).model_copy(update={"chunk": 1})  # the rows of the other chunk
+    with pytest.raises(AccountingError, match=r"chunk 1: 2 rows planned from row 2 on, 2 written and 0 quar.* others"):
+        ledger.commit(again)
+    assert Ledger(str(tmp_path), plan, 0.5).pending == [0, 1]
+
+
+def test_rows_that_were_planned_twice_are_found(tmp_path: Path) -> None:
+    plan = make_plan(chunks=2)
+    plan = plan.model_copy(update={"chunks": [plan.chunks[0], plan.chunks[1].model_copy(update={"first_row": 1})]})
+    ledger = Ledger(str(tmp_path), plan, 0.5)
+    for chunk in (0, 1):
+        keys = keys_digest(plan.keys(plan.chunks[chunk]))
+        ledger.commit(make_receipt(str(tmp_path), plan, chunk).model_copy(update={"keys": keys}))
+    with pytest.raises(AccountingError, match="chunk 1 begins at row 1, one before it ends at 2"):
         ledger.publish()
 
 

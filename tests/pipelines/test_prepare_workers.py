@@ -23,7 +23,7 @@ class Rounds:
         self.rounds += 1
         limit = self.limits.pop(0) if self.limits else len(self.left)
         for _ in range(min(limit, len(self.left))):
-            yield Receipt(plan="p", chunk=self.left.pop(0), planned=1, shard=None, quarantined=[])
+            yield Receipt(plan="p", chunk=self.left.pop(0), planned=1, keys="", shard=None, quarantined=[])
         if self.left:
             raise EncoderError("encoder: the tower of x failed on cuda: CUDA error: unspecified launch failure")
 
