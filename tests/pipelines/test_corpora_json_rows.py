@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -24,7 +26,9 @@ VALUE = st.recursive(
 
 def read_all(path: str, rows: int) -> list[Any]:
     spans = list(group(json_rows.scan(path), rows))
-    return [value for span in spans for _, value in json_rows.read_rows(path, span)]
+    read = [[value for _, value in json_rows.read_rows(path, span)] for span in spans]
+    assert [len(values) for values in read] == [span.rows for span in spans]
+    return [value for values in read for value in values]
 
 
 @given(
@@ -93,6 +97,48 @@ def test_broken_element_of_an_array(tmp_path: Path) -> None:
     assert [isinstance(value, RowError) for _, value in read] == [False, True, True, False]
 
 
+def llava_row(number: int) -> dict[str, Any]:
+    turns = [("human", f"<image>\nQ, {number}?"), ("gpt", f'"{number}" [it] is, {{so}}')]
+    conversations = [{"from": speaker, "value": text} for speaker, text in turns]
+    return {"id": f"own-{number}", "image": f"{number}.jpg", "conversations": conversations}
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_rows_whose_quotes_or_brackets_are_broken_harm_no_neighbour(tmp_path: Path, seed: int) -> None:
+    """A quote or bracket too many or too few in one to three rows, wherever chunks are cut."""
+    source = Random(seed)
+    rows = [llava_row(number) for number in range(20)]
+    texts = [json.dumps(row, indent=source.choice([None, 1])) for row in rows]
+    broken = source.sample(range(20), source.randint(1, 3))
+    for number in broken:
+        text, place = texts[number], source.choice([i for i, sign in enumerate(texts[number]) if sign in '"{}[]'])
+        texts[number] = text[:place] + source.choice(["", text[place] * 2]) + text[place + 1 :]
+    path = tmp_path / "corpus.json"
+    path.write_text("[" + ",\n".join(texts) + "]")
+    try:
+        values = read_all(str(path), source.choice([1, 3, 50]))
+    except FileFormatError as error:  # a bracket that seems to end the array; or no way to tell the last row's end
+        assert re.search(r":\d+: the array ends here|row that begins on line \d+", str(error))
+        return
+    good = [row for number, row in enumerate(rows) if number not in broken]
+    assert [value for value in values if value in good] == good
+    assert len(values) - len(good) <= 2 * len(broken)
+    assert all(isinstance(value, RowError | dict) for value in values)
+
+
+def test_a_comma_is_missing_between_two_rows(tmp_path: Path) -> None:
+    path = tmp_path / "corpus.json"
+    path.write_text('[{"id": 1},\n{"id": 2}\n{"id": 3},\n{"id": 4, "list": [{"id": 5}, {"id": 6}]}]')
+    assert read_all(str(path), 10) == [{"id": 1}, {"id": 2}, {"id": 3}, {"id": 4, "list": [{"id": 5}, {"id": 6}]}]
+
+
+def test_a_bracket_too_many_is_a_bad_row(tmp_path: Path) -> None:
+    path = tmp_path / "corpus.json"
+    path.write_text('[{"id": 1}}\n, {"id": 2}]')
+    first, second = read_all(str(path), 1)
+    assert isinstance(first, RowError) and second == {"id": 2}
+
+
 def test_very_deep_row_is_a_bad_row(tmp_path: Path) -> None:
     path = tmp_path / "corpus.jsonl"
     path.write_text("[" * 200_000 + "]" * 200_000 + '\n{"id": 1}\n')
@@ -107,7 +153,7 @@ def test_very_deep_row_is_a_bad_row(tmp_path: Path) -> None:
         ('[{"id": 1}, {"id": 2}', "not closed"),
         ('[{"id": "1]', "not closed"),
         ('[{"id": 1}]]', ":1: the array ends here, but the file goes on"),
-        ('[{"id": 1}}\n, {"id": 2}]', "the file goes on"),
+        ('[{"id": 1}]\n[{"id": 2}]', ":1: the array ends here, but the file goes on"),
         ('{"id": 1}', r"begins with .*one array of rows.*\.jsonl"),
         ("", "the file is empty"),
     ],
