@@ -78,7 +78,7 @@ class ContinuousBatch:
         self._eos_token_id = processor.eos_token_id
         self._waiting: deque[Ticket] = deque()
         self._lock = threading.Lock()  # of `_waiting`, `_joining`
-        self._joining = 0  # requests that neither wait nor have a row yet
+        self._joining: list[Ticket] = []  # neither wait nor have a row yet
         self._stepping = False
         self._batch_size = self._prefill_tokens = self._generated_tokens = 0
 
@@ -90,7 +90,7 @@ class ContinuousBatch:
     @property
     def full(self) -> bool:
         """Whether the next request would be refused. Who gets a free slot at the next step waits for none."""
-        free = self.slots.num_slots - len(self.rows) - self._joining
+        free = self.slots.num_slots - len(self.rows) - len(self._joining)
         return len(self._waiting) >= free + self.settings.max_waiting
 
     def submit(self, prompt: Prompt) -> Ticket:
@@ -126,7 +126,6 @@ class ContinuousBatch:
             if self.rows:
                 self._decode()
         finally:
-            self._joining = 0
             self._stepping = False
             self.last_step_at = time.monotonic()
 
@@ -135,9 +134,10 @@ class ContinuousBatch:
         for slot in reversed(range(len(self.rows))):
             self._end(slot, "error", failure)
         with self._lock:
-            waiting = list(self._waiting)
+            others = [*self._joining, *self._waiting]
+            self._joining.clear()
             self._waiting.clear()
-        for ticket in waiting:
+        for ticket in others:
             _refuse(ticket, "error", failure)
 
     def stats(self) -> EngineStats:
@@ -170,7 +170,7 @@ class ContinuousBatch:
 
     def _next_group(self) -> list[Ticket]:
         """Who is next: first come, first served, up to the budgets of one step, and at least one if there is a slot."""
-        group: list[Ticket] = []
+        group = self._joining
         longest = 0
         new_images: set[str] = set()
         with self._lock:
@@ -183,30 +183,39 @@ class ContinuousBatch:
                 if group and (too_long or len(new_images) > self.settings.image_batch_size):
                     break
                 group.append(self._waiting.popleft())
-            self._joining = len(group)
-        return group
+        return list(group)
 
     def _prefill(self, group: Sequence[Ticket]) -> None:
         """Give each a slot and its first token: together or, where that fails, one by one, so that only one fails."""
         first = len(self.rows)
-        rows = [Row(ticket, self._tokenizer, self._eos_token_id) for ticket in group]
-        prompts = [ticket.prompt for ticket in group]
-        tokens, failure = self._attempt(rows, lambda: self.decoder.prefill(prompts, first))
+        rows: list[Row] = []
+
+        def join() -> list[int]:
+            rows.extend(Row(ticket, self._tokenizer, self._eos_token_id) for ticket in group)
+            logits = self.decoder.prefill([ticket.prompt for ticket in group], first)
+            return choose_tokens(logits, [row.draws for row in rows])
+
+        tokens, failure = self._attempt(len(group), join)
         if failure is not None and len(group) > 1:
             for ticket in group:
                 self._prefill([ticket])
-        elif failure is not None:
-            _refuse(group[0], "error", failure)
-        else:
-            with self._lock:
-                self._joining -= len(rows)
+            return
+        with self._lock:
+            del self._joining[: len(group)]
+            if failure is None:
                 self.rows += rows
-            self._prefill_tokens += sum(row.length for row in rows)
-            self._take(first, tokens)
+        if failure is not None:
+            _refuse(group[0], "error", failure)
+            return
+        self._prefill_tokens += sum(row.length for row in rows)
+        self._take(first, tokens)
 
     def _decode(self) -> None:
         ids, positions = [row.last_token for row in self.rows], [row.length for row in self.rows]
-        tokens, failure = self._attempt(self.rows, lambda: self.decoder.decode(ids, positions))
+        draws = [row.draws for row in self.rows]
+        tokens, failure = self._attempt(
+            len(self.rows), lambda: choose_tokens(self.decoder.decode(ids, positions), draws)
+        )
         if isinstance(failure, torch.OutOfMemoryError):
             # Nothing is lost but time: the next step writes the same positions again, with a row less.
             self._end(len(self.rows) - 1, "error", failure)
@@ -218,12 +227,12 @@ class ContinuousBatch:
                 row.length += 1
             self._take(0, tokens)
 
-    def _attempt(self, rows: Sequence[Row], forward: Callable[[], torch.Tensor]) -> tuple[list[int], Exception | None]:
-        """The next tokens of `rows`, or what went wrong."""
+    def _attempt(self, num_rows: int, forward: Callable[[], list[int]]) -> tuple[list[int], Exception | None]:
+        """The next tokens of `num_rows` requests, or what went wrong."""
         try:
-            return choose_tokens(forward(), [row.draws for row in rows]), None
+            return forward(), None
         except Exception as error:
-            logger.warning("a step over %d requests failed", len(rows), exc_info=True)
+            logger.warning("a step over %d requests failed", num_rows, exc_info=True)
             failure = error.with_traceback(None)  # whose frames would keep the memory that is to be freed
         if isinstance(failure, torch.OutOfMemoryError):
             self.images.clear()

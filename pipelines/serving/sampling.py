@@ -19,8 +19,11 @@ class Sampling:
         temperature: 0 takes the likeliest token; above, logits are divided by it.
         top_p: draw from the smallest set of likeliest tokens that holds this much probability.
         stop: texts before which the answer ends.
-        seed: makes the draw reproducible, whatever else is in the batch.
+        seed: makes the draw reproducible, whatever else is in the batch; from -2**63 up to below 2**64.
         deadline_s: seconds from submission after which the answer ends where it is; None for no such end.
+
+    Raises:
+        ValueError: a field is not as above; the message names it.
     """
 
     max_tokens: int = 256
@@ -37,8 +40,14 @@ class Sampling:
             raise ValueError(f"temperature is {self.temperature}, it must be finite and cannot be negative")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}, it must lie in (0, 1]")
+        if isinstance(self.stop, str):
+            raise ValueError(f"stop is the string {self.stop!r}; give a tuple of texts, ({self.stop!r},)")
+        if not all(isinstance(text, str) for text in self.stop):
+            raise ValueError(f"stop is {self.stop!r}; give a tuple of texts")
         if "" in self.stop:
             raise ValueError("stop holds an empty text, before which every answer would end")
+        if self.seed is not None and not (type(self.seed) is int and -(2**63) <= self.seed < 2**64):
+            raise ValueError(f"seed is {self.seed!r}, it must be a whole number from -2**63 up to below 2**64")
         if self.deadline_s is not None and not self.deadline_s > 0:
             raise ValueError(f"deadline_s is {self.deadline_s}, it must be above 0")
 

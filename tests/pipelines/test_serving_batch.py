@@ -14,11 +14,12 @@ import pytest
 import torch
 
 from flashsloth import FlashSlothProcessor
+from pipelines.serving import batch as batch_module
 from pipelines.serving.answers import Answer, Chunk
 from pipelines.serving.batch import ContinuousBatch, EngineFull
 from pipelines.serving.engine_settings import EngineSettings
 from pipelines.serving.prompts import Encoder, Prompt
-from pipelines.serving.tickets import Ticket
+from pipelines.serving.tickets import Row, Ticket
 from tests.fixtures.tiny import build_processor, build_tiny_model
 from tests.prompts import generate_alone, mixed_prompts, random_prompt, sampled
 
@@ -263,6 +264,50 @@ def test_a_request_that_fails_in_its_prefill_fails_alone(
     assert senders[2].chunks == [Chunk([], "", "error", f"{type(error).__name__}: {error}")]
     assert senders[2].ticket.failure is error
     assert error.__traceback__ is None  # its frames hold tensors
+    monkeypatch.undo()
+    assert run(batch, prompts) == expected
+
+
+def test_a_request_that_cannot_become_a_row_fails_alone(
+    processor: FlashSlothProcessor, build: Callable[..., ContinuousBatch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = mixed_prompts(processor)
+    expected, batch = run(build(), prompts), build(max_slots=4)
+
+    def failing(ticket: Ticket, *rest: Any) -> Row:
+        if ticket.prompt is prompts[3]:
+            raise ValueError("no such seed")
+        return Row(ticket, *rest)
+
+    monkeypatch.setattr(batch_module, "Row", failing)
+    senders = [Sender(batch.submit(prompt)) for prompt in prompts]
+    while batch.busy:
+        batch.step()
+    assert senders[3].chunks == [Chunk([], "", "error", "ValueError: no such seed")]
+    answers = [sender.answer for sender in senders]
+    assert answers[:3] + answers[4:] == expected[:3] + expected[4:]
+
+
+def test_a_step_that_fails_leaves_nobody_without_an_end(
+    processor: FlashSlothProcessor, build: Callable[..., ContinuousBatch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those too that are no longer waiting and have no row yet."""
+    prompts = mixed_prompts(processor)
+    expected, batch, lost = run(build(), prompts), build(max_slots=4), RuntimeError("lost")
+    early = Sender(batch.submit(sampled(prompts[0], max_tokens=50)))
+    batch.step()
+    senders = [early, *(Sender(batch.submit(prompt)) for prompt in prompts)]
+
+    def failing(group: Sequence[Ticket]) -> None:
+        assert len(group) == 3
+        raise lost
+
+    monkeypatch.setattr(batch, "_prefill", failing)
+    with pytest.raises(RuntimeError, match="lost"):
+        batch.step()
+    batch.fail_all(lost)
+    assert [sender.chunks[-1].error for sender in senders] == ["RuntimeError: lost"] * 9
+    assert not batch.busy
     monkeypatch.undo()
     assert run(batch, prompts) == expected
 

@@ -86,8 +86,25 @@ def test_one_number_that_is_none_spoils_its_row() -> None:
         {"top_p": 1.5},
         {"stop": ("",)},
         {"deadline_s": 0.0},
+        {"seed": 2**64},
+        {"seed": -(2**63) - 1},
+        {"seed": 1.5},
+        {"seed": "x"},
+        {"seed": True},
+        {"stop": (1,)},
     ],
 )
 def test_settings_that_make_no_sense_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Sampling(**wrong)
+
+
+@pytest.mark.parametrize("seed", [-(2**63), 0, 2**64 - 1])
+def test_every_seed_that_is_taken_can_be_drawn_by(seed: int) -> None:
+    draws = Draws(Sampling(temperature=1.0, seed=seed))
+    assert 0 <= draws.number < 1
+
+
+def test_a_stop_that_is_one_text_is_told_from_a_tuple_of_them() -> None:
+    with pytest.raises(ValueError, match=r"stop is the string 'color'; give a tuple of texts, \('color',\)"):
+        Sampling(stop="color")  # type: ignore[arg-type]  # the mistake that is to be named
