@@ -114,7 +114,9 @@ class Engine:
         ticket = self.submit(request) if isinstance(request, Prompt) else request
         chunks: queue.SimpleQueue[Chunk] = queue.SimpleQueue()
         ticket.set_listener(chunks.put)
-        return _until_the_last(ticket, chunks)
+        stream = _until_the_last(ticket, chunks)
+        next(stream)  # its opening: a generator that has not begun would not notice that it is dropped
+        return stream
 
     def generate(self, prompts: Sequence[Prompt]) -> list[Answer]:
         """Answer all prompts, in their order; however many there are, they wait for their place in the queue.
@@ -213,7 +215,9 @@ class _Collector:
 
 
 def _until_the_last(ticket: Ticket, chunks: queue.SimpleQueue[Chunk]) -> Iterator[Chunk]:
+    """An opening without content, then the chunks. Cancels the request where it is dropped in between."""
     try:
+        yield Chunk([], "")
         while True:
             chunk = chunks.get()
             yield chunk

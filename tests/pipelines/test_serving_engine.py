@@ -210,6 +210,21 @@ def test_who_stops_listening_cancels(own_engine: Engine) -> None:
     assert own_engine.stats().generated_tokens < 900
 
 
+@pytest.mark.parametrize("is_closed", [True, False])
+def test_who_never_listens_cancels_too(own_engine: Engine, is_closed: bool) -> None:
+    endless, other = (sampled(p, max_tokens=900) for p in mixed_prompts(own_engine.processor)[:2])
+    ticket = own_engine.submit(endless)
+    stream = own_engine.stream(ticket)
+    if is_closed:
+        stream.close()
+    else:
+        del stream
+    assert ticket.cancelled
+    chunk = next(own_engine.stream(sampled(other, max_tokens=1)))
+    assert chunk.finish_reason == "length"
+    assert own_engine.stats().generated_tokens < 900
+
+
 def test_a_listener_that_comes_late_gets_everything(engine: Engine) -> None:
     prompt = mixed_prompts(engine.processor)[0]
     ticket = engine.submit(prompt)
