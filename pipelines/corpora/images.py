@@ -36,8 +36,11 @@ def read(path: str, span: Span) -> Iterator[Row]:
             yield Row(position, storage.join(path, repr(name)), error)
 
 
-def fingerprint(path: str, expected: str) -> str:
-    """The fingerprint of the folder `path` when this process listed it; it looks again unless that is `expected`."""
+def fingerprint(path: str, expected: str | None = None) -> str:
+    """What changes when an image below the folder `path` does, or one comes or goes; of other files it knows nothing.
+
+    As of when this process listed the folder; it looks again unless that is `expected`.
+    """
     listing = _listings.get(path)
     return (listing if listing and listing.fingerprint == expected else _look(path)).fingerprint
 
@@ -52,7 +55,6 @@ _listings: dict[str, _Listing] = {}
 
 
 def _look(path: str) -> _Listing:
-    files = storage.list_files(path)
-    names = tuple(name for name in files if name.lower().endswith(SUFFIXES))
-    _listings[path] = _Listing(storage.folder_fingerprint(files), names)
+    files = {name: stamp for name, stamp in storage.list_files(path).items() if name.lower().endswith(SUFFIXES)}
+    _listings[path] = _Listing(storage.folder_fingerprint(files), tuple(files))
     return _listings[path]

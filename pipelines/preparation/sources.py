@@ -103,7 +103,7 @@ def _files(source: SourceSettings) -> Iterator[tuple[str, str]]:
 def _file_terms(named: tuple[SourceSettings, str, str]) -> SourceTerms:
     source, name, path = named
     try:
-        fingerprint = storage.fingerprint(path)
+        fingerprint = images.fingerprint(path) if source.format == "images" else storage.fingerprint(path)
     except (FileNotFoundError, PermissionError) as error:
         raise PlanError(f"source '{source.name}': {path} cannot be read ({type(error).__name__})") from error
     return SourceTerms(**{**source.model_dump(), "name": name, "path": path}, fingerprint=fingerprint)

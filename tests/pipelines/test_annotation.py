@@ -211,6 +211,20 @@ def test_folder_of_images_is_captioned_and_prepared(tmp_path: Path, tiny_checkpo
     assert (shards.planned, shards.written, shards.quarantined) == (6, 5, 1)
 
 
+def test_answers_may_lie_below_the_images(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    """What a run has written is none of the images that it, or one that resumes it, looks at again."""
+    for number in range(5):
+        (tmp_path / f"{number}.png").write_bytes(encoded(number))
+    (tmp_path / "model").symlink_to(tiny_checkpoint)
+    source = {"path": str(tmp_path), "format": "images", "image_root": str(tmp_path), "name": "corpus"}
+    settings = annotate_settings(tmp_path, sources=[source], prompt="Describe it.")
+    ledger = begin(settings)
+    assert begin(settings).plan_identity == ledger.plan_identity
+    assert annotate_here(settings).errors == {}
+    assert [each["id"] for each in rows_of(settings.output)] == [f"{number}.png" for number in range(5)]
+    assert begin(settings).plan_identity == ledger.plan_identity
+
+
 @pytest.mark.s3
 def test_prefix_of_images_on_s3(tmp_path: Path, s3_uri: str, tiny_checkpoint: Path) -> None:
     for number in range(5):

@@ -66,6 +66,16 @@ def test_another_process_sees_the_change_too(folder: str, monkeypatch: pytest.Mo
         read_chunk(source, folder, chunks[0])
 
 
+def test_other_files_may_come_and_go(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    [source] = source_terms([SourceSettings(path=folder, format="images")])
+    chunks = index_files(range(1), [source], [folder], chunk_rows=2)
+    storage.write_bytes(storage.join(folder, "a/.DS_Store"), b"of a file manager")
+    storage.write_bytes(storage.join(folder, "index.json"), b"another one")
+    monkeypatch.setattr(images, "_listings", {})
+    assert [row.position for row in read_chunk(source, folder, chunks[1])] == [2, 3]
+    assert source_terms([SourceSettings(path=folder, format="images")]) == [source]
+
+
 def test_a_name_that_cannot_be_written_down(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"x")
     with open(os.fsencode(tmp_path) + b"/b\xff.jpg", "wb") as file:
