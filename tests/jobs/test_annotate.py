@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from fnmatch import fnmatch
 from pathlib import Path
 
 import psutil
@@ -10,14 +11,17 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import ray.cluster_utils
+import yaml
 
 from jobs.annotate import main
 from jobs.prepare import main as prepare
 from pipelines import storage
 from pipelines.annotate import annotate
 from pipelines.annotation.ledger import AnnotationManifest
+from pipelines.annotation.parts import part_name
 from pipelines.annotation.settings import AnnotateSettings
 from pipelines.annotation.verify import verify
+from pipelines.preparation.settings import PrepareSettings
 from pipelines.settings import dump_settings, load_settings
 from pipelines.shards import ShardedDataset
 from tests.annotation import annotate_here, annotate_settings, rows_of
@@ -70,6 +74,17 @@ def workers(raylet: psutil.Process) -> list[psutil.Process]:
 def test_recipe_of_the_repository_is_valid() -> None:
     settings = load_settings(AnnotateSettings, ["--config", str(REPOSITORY / "jobs" / "recipes" / "caption.yaml")])
     assert settings.sources[0].format == "images"
+
+
+def test_recipe_of_the_repository_says_where_its_captions_are_read() -> None:
+    text = (REPOSITORY / "jobs" / "recipes" / "caption.yaml").read_text()
+    settings, [images] = AnnotateSettings(**yaml.safe_load(text)), yaml.safe_load(text)["sources"]
+    [comment] = [line for line in text.splitlines() if "path:" in line and line.startswith("#")]
+    source = yaml.safe_load(comment.removeprefix("#"))
+    part = part_name(images["name"], 0, settings.format)
+    assert fnmatch(storage.join(settings.output, part), source["path"])
+    assert (source["format"], source["image_root"]) == ("parquet", images["image_root"])
+    PrepareSettings(sources=[source], output="out", processor="processor", layout="caption")
 
 
 def test_mistakes_are_named_in_one_line(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
