@@ -91,13 +91,12 @@ class AnnotateSettings(JobSettings):
         if value is None:
             return None
         try:
-            fields = {field for _, field, _, _ in string.Formatter().parse(value) if field is not None}
+            parts = list(string.Formatter().parse(value))
         except ValueError as error:
             raise ValueError(f"{error}; a brace that is meant as one is written twice") from error
-        unknown = sorted(fields - set(PROMPT_FIELDS))
-        if unknown:
-            known = " and ".join(f"{{{field}}}" for field in PROMPT_FIELDS)
-            raise ValueError(f"there is no field {{{unknown[0]}}}; there are {known}")
+        for _, field, layout, conversion in parts:
+            if field is not None:
+                _check_field(field, layout or "", conversion)
         if not value.strip():
             raise ValueError("it is empty")
         return value
@@ -114,3 +113,17 @@ class AnnotateSettings(JobSettings):
         if self.prompt is None and any(source.format == "images" for source in self.sources):
             raise ValueError("a folder of images has no questions: give a prompt")
         return self
+
+
+def _check_field(field: str, layout: str, conversion: str | None) -> None:
+    """Raise ValueError for a field of a prompt that there is not, or that cannot be written for every row."""
+    known = " and ".join(f"{{{name}}}" for name in PROMPT_FIELDS)
+    if field not in PROMPT_FIELDS:
+        raise ValueError(f"there is no field {{{field}}}; there are {known}")
+    written = f"{{{field}{f'!{conversion}' if conversion else ''}{f':{layout}' if layout else ''}}}"
+    if "{" in layout:
+        raise ValueError(f"{written} is laid out by another field; write {{{field}}}")
+    try:
+        written.format(**dict.fromkeys(PROMPT_FIELDS, ""))
+    except ValueError as error:
+        raise ValueError(f"{written} cannot be written: {error}; {known} are texts: write {{{field}}}") from error

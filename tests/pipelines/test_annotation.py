@@ -55,6 +55,7 @@ def record(*contents: str, image: str | None = "a.jpg") -> Record:
         (record("Q?", "A.", "And?", "B."), "{question} One word, {{please}}.", ["And? One word, {please}."]),
         (record("Q?", image=None), "{question} One word.", ["Q? One word."]),
         (record(), "This is {id}.", ["This is own."]),
+        (record(), "This is {id:>5}, {id!r}.", ["This is   own, 'own'."]),
         (record("a {brace} and {}", "A."), "{question}", ["a {brace} and {}"]),
     ],
 )
@@ -82,6 +83,9 @@ def test_row_that_cannot_be_asked(given: Record, prompt: str | None, reason: str
     [
         ({"prompt": "What is {title}?"}, r"there is no field \{title\}; there are \{question\} and \{id\}"),
         ({"prompt": "What is {?"}, "written twice"),
+        ({"prompt": "{id:>5d}"}, r"prompt\n.*\{id:>5d\} cannot be written: Unknown format code 'd'.*: write \{id\}"),
+        ({"prompt": "Why? {question!x}"}, r"prompt\n.*\{question!x\} cannot be written: Unknown conversion"),
+        ({"prompt": "{id:{question}}"}, r"prompt\n.*\{id:\{question\}\} is laid out by another field; write \{id\}"),
         ({"checkpoint": None}, "exactly one of checkpoint and endpoint"),
         ({"endpoint": {"url": "http://127.0.0.1:1/v1"}}, "exactly one of checkpoint and endpoint"),
         ({"sources": [{"path": "photos", "format": "images", "image_root": "photos"}]}, "give a prompt"),
