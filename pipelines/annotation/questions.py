@@ -26,7 +26,7 @@ def ask(record: Record, prompt: str | None) -> list[Message]:
         if not own.strip():
             raise RowError("no_question", "the row asks nothing; give a prompt", record.id)
         return record.messages[: questions[-1] + 1]
-    needs_question = prompt.format(question="\0", id="").count("\0") > 0
+    needs_question = prompt.format(question="", id="") != prompt.format(question="\0", id="")
     if needs_question and not own.strip():
         raise RowError("no_question", "the prompt has {question}, and the row asks nothing", record.id)
     if record.image is None and not needs_question:

@@ -69,6 +69,7 @@ def test_what_is_asked_about_a_row(given: Record, prompt: str | None, asked: lis
         (record(), None, "no_question"),
         (record(" ", "A."), None, "no_question"),
         (record(), "{question}", "no_question"),
+        (record(), "{question!r}", "no_question"),
         (record("Q?", image=None), "Describe it.", "no_image"),
     ],
 )
