@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from pipelines import storage
 from pipelines.annotation.ledger import AnnotationLedger, AnnotationManifest, PartReceipt
-from pipelines.annotation.plan import AnnotationPlan, checkpoint_identity, load_plan, make_terms
+from pipelines.annotation.plan import AnnotationPlan, load_plan, make_terms
 from pipelines.annotation.pool import run_chunks
 from pipelines.annotation.settings import AnnotateSettings
 from pipelines.preparation.indexing import plan_chunks
@@ -20,6 +20,7 @@ from pipelines.preparation.row_images import source_files
 from pipelines.preparation.settings import CONFIG_NAME
 from pipelines.preparation.work_loop import work_off
 from pipelines.ray_session import start_ray
+from pipelines.serving.checkpoint_files import checkpoint_identity
 from pipelines.settings import dump_settings
 from pipelines.shards.manifest import MANIFEST_NAME
 
@@ -64,7 +65,7 @@ def annotate(settings: AnnotateSettings) -> AnnotationManifest | None:
 
 
 def model_identity(settings: AnnotateSettings) -> str:
-    """What tells the model that answers from others: the checkpoint's hash, or its name at the endpoint."""
+    """What tells the model that answers from others: the checkpoint's hash, or what the endpoint says of it."""
     if settings.endpoint:
         from pipelines.annotation.endpoint import served_model  # with the model's libraries, seconds to import
 

@@ -8,7 +8,7 @@ import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from openai import APIConnectionError, APIStatusError, OpenAI, OpenAIError
+from openai import APIConnectionError, APIStatusError, NotFoundError, OpenAI, OpenAIError, PermissionDeniedError
 from PIL import Image
 
 from flashsloth.image_processing_flashsloth import ImageError
@@ -17,6 +17,7 @@ from pipelines.annotation.parts import Answered
 from pipelines.annotation.settings import EndpointSettings
 
 _AHEAD = 2  # questions in hand per request under way
+_HASH = "@sha256:"  # between a model's name and its hash
 _OUR_FAULT = (400, 413, 422)  # what the service says of a request that no repetition would mend
 
 
@@ -29,13 +30,13 @@ class EndpointAsker:
 
     Args:
         settings: the service.
-        model: its name there.
+        model: there, as `served_model` says.
         token: for its bearer header.
     """
 
     def __init__(self, settings: EndpointSettings, model: str, token: str) -> None:
         self.settings = settings
-        self.model = model
+        self.model, _, self.model_hash = model.partition(_HASH)
         self._client = _client(settings, token)
         self._threads = ThreadPoolExecutor(settings.concurrency, thread_name_prefix="endpoint")
         self._room = threading.Semaphore(_AHEAD * settings.concurrency)
@@ -85,21 +86,24 @@ class EndpointAsker:
 
 
 def served_model(settings: EndpointSettings, token: str) -> str:
-    """The name of the model: what the settings say, or the only one that the service lists.
+    """The model that the settings name, or else the only one that the service lists: `NAME`, or `NAME@sha256:HASH`.
+
+    The hash tells a model from others of its name. Our service lists it, others hardly do.
 
     Raises:
-        EndpointError: nobody answers, or the service lists several.
+        EndpointError: nobody answers, or the settings name none and the service lists several.
     """
-    if settings.model:
-        return settings.model
     try:
         with _client(settings, token) as client:
-            names = [model.id for model in client.models.list()]
+            hashes = {model.id: (model.model_extra or {}).get("hash") for model in client.models.list()}
     except OpenAIError as error:
+        if settings.model and isinstance(error, NotFoundError | PermissionDeniedError):
+            return settings.model  # there is no list, or none for us, which a service may do without
         raise EndpointError(f"{settings.url}: {_cause(error)}") from error
-    if len(names) != 1:
-        raise EndpointError(f"{settings.url}: serves {', '.join(names) or 'no model'}; choose one: endpoint.model")
-    return names[0]
+    if settings.model is None and len(hashes) != 1:
+        raise EndpointError(f"{settings.url}: serves {', '.join(hashes) or 'no model'}; choose one: endpoint.model")
+    name = settings.model or next(iter(hashes))
+    return f"{name}{_HASH}{hashes[name]}" if hashes.get(name) else name
 
 
 def _client(settings: EndpointSettings, token: str) -> OpenAI:

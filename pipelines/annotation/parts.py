@@ -37,7 +37,7 @@ ANSWER_SCHEMA = pa.schema(
         ("finish_reason", pa.string()),  # stop, length, or error
         ("prompt_tokens", pa.int32()),
         ("answer_tokens", pa.int32()),
-        ("model", pa.dictionary(pa.int32(), pa.string())),  # hash of the checkpoint, or the endpoint's name of it
+        ("model", pa.dictionary(pa.int32(), pa.string())),  # hash of the checkpoint, or what the endpoint says of it
         ("error", pa.string()),  # null, or the reason: what exactly
     ]
 )

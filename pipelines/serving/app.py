@@ -21,7 +21,7 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from ray.serve.handle import DeploymentHandle
 
-from pipelines.serving.checkpoint_files import check_folder
+from pipelines.serving.checkpoint_files import check_folder, checkpoint_identity
 from pipelines.serving.settings import ServeArgs
 from pipelines.storage import resolve
 
@@ -102,7 +102,10 @@ class Ingress:
         self._metrics = IngressMetrics(_replica_name())
         self._engines = RemoteEngines(engines, self._metrics.retried)
         encoder = Encoder(load_processor(args.checkpoint))
-        self._service = Service(model_name, encoder, self._engines, self._metrics, self._policy, self._read_metrics)
+        model_hash = checkpoint_identity(args.checkpoint)
+        self._service = Service(
+            model_name, encoder, self._engines, self._metrics, self._policy, self._read_metrics, model_hash
+        )
 
     def __serve_build_asgi_app__(self) -> "FastAPI":
         """Called by Serve in the replica."""

@@ -8,7 +8,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from pipelines.storage import filesystem, is_local
+from pipelines.storage import filesystem, is_local, sha256
 
 EXPORT_LIST = "export.json"
 """Written last into an export, with the sha256 of each file. Folders from elsewhere have none."""
@@ -98,10 +98,29 @@ def check_hashes(checkpoint: str | Path) -> None:
     for name, expected in listed.items():
         if not (folder / name).is_file():
             raise CheckpointError(f"{checkpoint}: {name} is missing, which was exported")
-        with open(folder / name, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = _sha256(folder / name)
         if found != expected:
             raise CheckpointError(
                 f"{checkpoint}: {name} has sha256 {found[:12]}..., the exported file had {str(expected)[:12]}...; "
                 "export it again"
             )
+
+
+def checkpoint_identity(checkpoint: str | Path) -> str:
+    """The sha256 over the names and hashes of a checkpoint's files: what tells one model from another.
+
+    An export lists the hashes of its files, so that a remote one need not be read for it.
+
+    Raises:
+        CheckpointError: there is no checkpoint that can be served, or its list of files cannot be read.
+    """
+    check_folder(checkpoint)
+    files = exported_files(checkpoint)
+    if files is None:
+        files = {path.name: _sha256(path) for path in fetch(checkpoint).iterdir() if path.is_file()}
+    return sha256(repr(sorted(files.items())).encode())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -66,7 +66,7 @@ def build_http(service: Service) -> FastAPI:
 
     def describe() -> dict[str, Any]:
         common = {"object": "model", "created": created, "owned_by": "flashsloth"}
-        return {"id": service.model_name, **common, "tiling": service.tiling}
+        return {"id": service.model_name, **common, "tiling": service.tiling, "hash": service.model_hash}
 
     @http.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:

@@ -52,6 +52,7 @@ class Service:
         metrics: counts what happens.
         policy: what requests may ask for; `adopt` another one at any time.
         read_metrics: the text of `GET /metrics`.
+        model_hash: of the checkpoint, as `checkpoint_identity` gives it.
     """
 
     def __init__(
@@ -62,12 +63,14 @@ class Service:
         metrics: IngressMetrics,
         policy: Policy,
         read_metrics: Callable[[], Awaitable[bytes]],
+        model_hash: str,
     ) -> None:
         self.model_name = model_name
         self.encoder = encoder
         self.engines = engines
         self.metrics = metrics
         self.read_metrics = read_metrics
+        self.model_hash = model_hash
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="reader")
         self._num_open = 0
         self._healthy_until = 0.0

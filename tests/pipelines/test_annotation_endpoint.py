@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 
+from pipelines import annotate as annotate_module
 from pipelines.annotation.endpoint import EndpointError, served_model
 from pipelines.annotation.settings import EndpointSettings
+from pipelines.preparation.sources import PlanError
 from tests.annotation import annotate_here, annotate_settings, rows_of
 from tests.corpus import encoded, picture, write_corpus
 
@@ -30,7 +32,8 @@ class Service(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
         self.asked: list[dict[str, Any]] = []
         self.tokens: set[str | None] = set()
-        self.models = ["tiny"]
+        self.models: list[str] | None = ["tiny"]
+        self.hashes: dict[str, str] = {}
         self.reply: Callable[[int, dict[str, Any]], tuple[int, Any]] = lambda number, body: (200, completion("Yes."))
         self.lock = threading.Lock()
 
@@ -43,7 +46,11 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        self._answer(200, {"object": "list", "data": [{"id": name, "object": "model"} for name in self.server.models]})
+        if self.server.models is None:
+            return self._answer(404, {"detail": "Not Found"})
+        hashes = {name: {"hash": self.server.hashes[name]} for name in self.server.hashes}
+        data = [{"id": name, "object": "model", **hashes.get(name, {})} for name in self.server.models]
+        self._answer(200, {"object": "list", "data": data})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -97,8 +104,8 @@ def corpus(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def settings(corpus: Path, url: str, **change: Any) -> Any:
-    endpoint = {"url": url, "concurrency": 3, "max_retries": 2, "timeout_s": 30}
+def settings(corpus: Path, url: str, model: str | None = None, **change: Any) -> Any:
+    endpoint = {"url": url, "model": model, "concurrency": 3, "max_retries": 2, "timeout_s": 30}
     return annotate_settings(corpus, checkpoint=None, endpoint=endpoint, **change)
 
 
@@ -163,6 +170,30 @@ def test_the_model_is_the_only_one_or_the_chosen_one(service: Service) -> None:
     with pytest.raises(EndpointError, match=r"serves a, b; choose one: endpoint\.model"):
         served_model(EndpointSettings(url=service.url), "t")
     assert served_model(EndpointSettings(url=service.url, model="b"), "t") == "b"
+
+
+def test_service_without_a_list_needs_the_name(service: Service) -> None:
+    service.models = None
+    assert served_model(EndpointSettings(url=service.url, model="b"), "t") == "b"
+    with pytest.raises(EndpointError, match=f"{service.url}: .*404"):
+        served_model(EndpointSettings(url=service.url), "t")
+
+
+@pytest.mark.parametrize("chosen", [None, "tiny"])
+def test_hash_of_the_model_is_kept_where_the_service_tells_it(
+    corpus: Path, service: Service, monkeypatch: pytest.MonkeyPatch, chosen: str | None
+) -> None:
+    """And a run that is resumed after the service has got another model under the same name is refused."""
+    service.hashes = {"tiny": "ab" * 32}
+    asked = settings(corpus, service.url, model=chosen)
+    model = f"endpoint:tiny@sha256:{'ab' * 32}"
+    assert annotate_here(asked).model == model
+    assert {each["model"] for each in rows_of(asked.output)} == {model}
+    assert {body["model"] for body in service.asked} == {"tiny"}
+    service.hashes = {"tiny": "cd" * 32}
+    monkeypatch.setattr(annotate_module, "start_ray", lambda: pytest.fail("it went on"))
+    with pytest.raises(PlanError, match=f"other terms: model: was '{model}', now 'endpoint:tiny@sha256:{'cd' * 32}'"):
+        annotate_module.annotate(asked)
 
 
 def test_nobody_there(service: Service) -> None:

@@ -222,11 +222,12 @@ def test_an_annotation_asks_the_service_and_gets_the_engines_answers(
 ) -> None:
     write_corpus(tmp_path, [*(row(number) for number in range(10)), row(0, image="images/nowhere.jpg")])
     expected = annotate_settings(tmp_path, checkpoint=str(tiny_checkpoint), output=str(tmp_path / "own"))
-    annotate_here(expected)
+    model = annotate_here(expected).model
     endpoint = {"url": f"{address}/v1", "concurrency": 3, "max_retries": 2, "timeout_s": 30}
     asked = annotate_settings(tmp_path, checkpoint=None, endpoint=endpoint, workers={"num_cpus": 0.5})
     manifest = annotate(asked)
     assert manifest is not None and manifest.errors == {"image_missing": 1}
+    assert manifest.model == f"endpoint:tiny@sha256:{model}"
     assert verify(asked.output) == []
     same = ("key", "id", "answer", "finish_reason", "prompt_tokens", "answer_tokens", "error", "messages", "image")
     assert [{name: each[name] for name in same} for each in rows_of(asked.output)] == [

@@ -70,7 +70,7 @@ def test_an_answer_has_the_default_length_where_none_is_asked(client: TestClient
 
 def test_models(client: TestClient) -> None:
     (model,) = client.get("/v1/models").json()["data"]
-    assert (model["id"], model["object"]) == ("tiny", "model")
+    assert (model["id"], model["object"], model["hash"]) == ("tiny", "model", "ab" * 32)
     assert client.get("/v1/models/tiny").json() == model
     assert client.get("/v1/models/another").status_code == 404
 

@@ -56,7 +56,7 @@ class Site:
         self.backend = backend
         self.policy = Policy(limits=Limits(default_max_tokens=60))
         encoder = Encoder(backend.engine.processor)
-        self.service = Service("tiny", encoder, backend, IngressMetrics("one"), self.policy, no_metrics)
+        self.service = Service("tiny", encoder, backend, IngressMetrics("one"), self.policy, no_metrics, "ab" * 32)
         port = free_port()
         self.address = f"http://127.0.0.1:{port}/"
         self._server = uvicorn.Server(uvicorn.Config(build_http(self.service), port=port, log_level="error"))
