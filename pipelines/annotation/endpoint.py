@@ -75,6 +75,8 @@ class EndpointAsker:
         except APIStatusError as error:
             if error.status_code in _OUR_FAULT:
                 return Answered.failed(f"{error.code or 'refused'}: {_message(error)}")
+            if error.status_code == 500 and self._answers_others():
+                return Answered.failed(f"engine_error: the service answers 500: {_message(error)}")
             raise EndpointError(f"{self.settings.url}: answers {error.status_code}: {_message(error)}") from error
         except OpenAIError as error:
             raise EndpointError(f"{self.settings.url}: {_cause(error)}") from error
@@ -82,7 +84,20 @@ class EndpointAsker:
         spent, given = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
         if choice.message.content is None or choice.finish_reason not in ("stop", "length"):
             return Answered.failed(f"no_answer: the service ended with {choice.finish_reason!r}", spent)
+        # Our service refuses what could not reach max_tokens. Others end where their context is full: that is no fault.
+        if choice.finish_reason == "length" and given < body["max_tokens"] and self.model_hash:
+            ended = f"the service's time was over after {given} of {body['max_tokens']} tokens"
+            return Answered.failed(f"deadline: {ended}; raise its limits.deadline_s, or lower max_tokens", spent)
         return Answered(choice.message.content, choice.finish_reason, spent, given)
+
+    def _answers_others(self) -> bool:
+        """Whether the service answers another question: then it is the row at which it fails."""
+        messages: Any = [{"role": "user", "content": "Hi"}]
+        try:
+            self._client.chat.completions.create(model=self.model, messages=messages, max_tokens=1)
+        except OpenAIError:
+            return False
+        return True
 
 
 def served_model(settings: EndpointSettings, token: str) -> str:

@@ -14,6 +14,7 @@ import pytest
 
 from pipelines import annotate as annotate_module
 from pipelines.annotation.endpoint import EndpointError, served_model
+from pipelines.annotation.questions import row_seed
 from pipelines.annotation.settings import EndpointSettings
 from pipelines.preparation.sources import PlanError
 from tests.annotation import annotate_here, annotate_settings, rows_of
@@ -71,7 +72,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
 
-def completion(text: str | None, reason: str = "stop") -> dict[str, Any]:
+def completion(text: str | None, reason: str = "stop", tokens: int = 2) -> dict[str, Any]:
     message = {"role": "assistant", "content": text}
     return {
         "id": "1",
@@ -79,7 +80,7 @@ def completion(text: str | None, reason: str = "stop") -> dict[str, Any]:
         "created": 0,
         "model": "tiny",
         "choices": [{"index": 0, "message": message, "finish_reason": reason}],
-        "usage": {"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9},
+        "usage": {"prompt_tokens": 7, "completion_tokens": tokens, "total_tokens": 7 + tokens},
     }
 
 
@@ -162,6 +163,55 @@ def test_service_that_stays_broken_is_named_and_no_row_is_blamed(corpus: Path, s
     service.reply = lambda number, body: (200, completion("Yes."))
     assert annotate_here(asked).errors == {}
     assert [each["key"] for each in rows_of(asked.output)] == [f"corpus:{number}" for number in range(NUM_ROWS)]
+
+
+def fail_at(number: int, status: int) -> Callable[[int, dict[str, Any]], tuple[int, Any]]:
+    """Answers that fail whenever the row `number` is asked."""
+    seed = row_seed(0, f"corpus:{number}")
+
+    def reply(_: int, body: dict[str, Any]) -> tuple[int, Any]:
+        if body.get("seed") == seed:
+            return status, refusal("the engine could not answer this request", "engine_error")
+        return 200, completion("Yes.")
+
+    return reply
+
+
+def test_row_at_which_the_service_fails_has_its_error_and_the_others_their_answers(
+    corpus: Path, service: Service
+) -> None:
+    service.reply = fail_at(9, 500)
+    asked = settings(corpus, service.url)
+    assert annotate_here(asked).errors == {"engine_error": 1}
+    *others, last = rows_of(asked.output)
+    assert {each["error"] for each in others} == {None}
+    assert last["error"] == "engine_error: the service answers 500: the engine could not answer this request"
+    assert (last["answer"], last["finish_reason"]) == (None, "error")
+    assert len(service.asked) == NUM_ROWS + 3  # twice again, and another question
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_service_that_is_busy_or_away_at_one_row_is_no_fault_of_the_row(
+    corpus: Path, service: Service, status: int
+) -> None:
+    service.reply = fail_at(9, status)
+    with pytest.raises(EndpointError, match=f"{service.url}: answers {status}: "):
+        annotate_here(settings(corpus, service.url))
+
+
+def test_answer_that_our_service_cuts_before_its_length_is_no_answer(corpus: Path, service: Service) -> None:
+    """Six tokens are asked for. What others cut, whose context may be full, is an answer of its length."""
+    service.reply = lambda number, body: (200, completion("Yes it", "length", 6 if number else 2))
+    other = settings(corpus, service.url, output=str(corpus / "other"))
+    assert annotate_here(other).errors == {}
+    assert sorted(each["answer_tokens"] for each in rows_of(other.output)) == [2] + [6] * (NUM_ROWS - 1)
+    service.hashes = {"tiny": "ab" * 32}
+    service.asked.clear()
+    ours = settings(corpus, service.url)
+    assert annotate_here(ours).errors == {"deadline": 1}
+    [cut] = [each for each in rows_of(ours.output) if each["error"]]
+    assert (cut["answer"], cut["finish_reason"], cut["prompt_tokens"], cut["answer_tokens"]) == (None, "error", 7, 0)
+    assert cut["error"].startswith("deadline: the service's time was over after 2 of 6 tokens; raise its limits.")
 
 
 def test_the_model_is_the_only_one_or_the_chosen_one(service: Service) -> None:
