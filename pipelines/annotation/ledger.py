@@ -84,6 +84,12 @@ class AnnotationLedger(ReceiptBook[AnnotationPlan, PartReceipt]):
         """A row without an answer, and why."""
         return str(next(receipt.part.example for receipt in self.ordered() if receipt.part.errors))
 
+    def check_rows(self, receipt: PartReceipt) -> None:
+        """See ReceiptBook; by their number: the writer of a part has compared their keys."""
+        planned = self.plan.chunks[receipt.chunk].rows
+        if receipt.part.rows != planned:
+            raise AccountingError(f"{receipt.part.name}: {receipt.part.rows} rows for {planned} inputs")
+
     def publish(self) -> AnnotationManifest:
         """Write the manifest, last of all.
 

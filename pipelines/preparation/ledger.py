@@ -29,19 +29,14 @@ class Ledger(ReceiptBook[Plan, Receipt]):
     def __init__(self, output: str, plan: Plan, max_quarantined_share: float) -> None:
         super().__init__(output, plan, Receipt, max_quarantined_share)
 
-    def commit(self, receipt: Receipt) -> None:
-        """As of any book.
-
-        Raises:
-            AccountingError: its rows are not those that were planned, each once. Nothing is kept of it then.
-        """
+    def check_rows(self, receipt: Receipt) -> None:
+        """See ReceiptBook; by their keys."""
         chunk = self.plan.chunks[receipt.chunk]
         if receipt.keys != keys_digest(self.plan.keys(chunk)):
             raise AccountingError(
                 f"chunk {receipt.chunk}: {chunk.rows} rows planned from row {chunk.first_row} on, "
                 f"{receipt.written} written and {len(receipt.quarantined)} quarantined, whose keys are others"
             )
-        super().commit(receipt)
 
     def bad_example(self) -> str:
         """The first quarantined row, where it lies and why."""
@@ -70,7 +65,7 @@ class Ledger(ReceiptBook[Plan, Receipt]):
         return (row for receipt in self.ordered() for row in receipt.quarantined)
 
     def _account(self) -> None:
-        """Every row of every chunk is accounted for. That its keys are the planned ones `commit` has checked."""
+        """Every row of every chunk is accounted for. That its keys are the planned ones `put` has checked."""
         self.check_complete()
         for number, receipt in self.receipts.items():
             if receipt.planned != receipt.written + len(receipt.quarantined):

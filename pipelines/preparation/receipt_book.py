@@ -65,7 +65,7 @@ class ReceiptBook(ABC, Generic[PlanKind, ReceiptKind]):
         names = [name for name in storage.list_names(storage.join(output, RECEIPT_FOLDER)) if name.endswith(".json")]
         uris = [storage.join(output, RECEIPT_FOLDER, name) for name in names]
         for receipt in map(kind.model_validate_json, storage.read_many(uris)):
-            self._enter(receipt)
+            self.enter(receipt)
 
     @property
     def pending(self) -> list[int]:
@@ -82,11 +82,44 @@ class ReceiptBook(ABC, Generic[PlanKind, ReceiptKind]):
         """One of these rows and what is wrong with it; there is one."""
 
     def commit(self, receipt: ReceiptKind) -> None:
-        """Put `receipt` if its chunk has none; else keep the one that another driver has put."""
+        """Put `receipt` and enter what lies there now.
+
+        Raises: as `put`.
+        """
+        self.enter(self.put(receipt))
+
+    def put(self, receipt: ReceiptKind) -> ReceiptKind:
+        """Put `receipt` if its chunk has none; the one that lies there now, which another driver may have put.
+
+        The book itself is as before, so threads may put at once.
+
+        Raises:
+            AccountingError: its rows are not those that were planned, each once. It is not put then.
+            OSError, StorageError: as `storage.put_if_absent`.
+        """
+        self.check_rows(receipt)
         uri = storage.join(self.output, receipt.name)
-        if not storage.put_if_absent(uri, receipt.model_dump_json().encode()):
-            receipt = self._kind.model_validate_json(storage.read_bytes(uri))
-        self._enter(receipt)
+        if storage.put_if_absent(uri, receipt.model_dump_json().encode()):
+            return receipt
+        return self._kind.model_validate_json(storage.read_bytes(uri))
+
+    def enter(self, receipt: ReceiptKind) -> None:
+        """Take a receipt that is put into the book. Raises PlanError where it is of another plan."""
+        if receipt.plan != self.plan_identity:
+            raise PlanError(
+                f"{storage.join(self.output, receipt.name)}: a receipt of plan {receipt.plan[:12]}, this is plan "
+                f"{self.plan_identity[:12]}; use another output"
+            )
+        if receipt.chunk in self.receipts:  # the store keeps the first, and so does the book
+            return
+        self.receipts[receipt.chunk] = receipt
+        self.num_done += receipt.planned
+        self.num_tokens += receipt.num_tokens
+        self.reasons += receipt.reasons
+
+    @abstractmethod
+    def check_rows(self, receipt: ReceiptKind) -> None:
+        """Raise AccountingError unless the rows of `receipt` are those that were planned, each once."""
 
     def ordered(self) -> Iterator[ReceiptKind]:
         """The receipts so far, in the order of their chunks."""
@@ -141,16 +174,3 @@ class ReceiptBook(ABC, Generic[PlanKind, ReceiptKind]):
         theirs = type(self.plan).model_validate_json(storage.read_bytes(uri))
         if theirs.identity() != self.plan_identity:
             raise PlanError(f"{uri}: another driver has just begun another plan here; use another output")
-
-    def _enter(self, receipt: ReceiptKind) -> None:
-        if receipt.plan != self.plan_identity:
-            raise PlanError(
-                f"{storage.join(self.output, receipt.name)}: a receipt of plan {receipt.plan[:12]}, this is plan "
-                f"{self.plan_identity[:12]}; use another output"
-            )
-        if receipt.chunk in self.receipts:  # the store keeps the first, and so does the book
-            return
-        self.receipts[receipt.chunk] = receipt
-        self.num_done += receipt.planned
-        self.num_tokens += receipt.num_tokens
-        self.reasons += receipt.reasons

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from pipelines.preparation.progress import Progress
 from pipelines.preparation.receipt_book import PlanKind, ReceiptBook, ReceiptKind
 from pipelines.ray_tasks import retried
+
+# Receipts on their way at once. A store answers in tens of milliseconds: one after the other, hundreds of workers would
+# be done sooner than their receipts, and a kill would cost them all.
+_COMMITTERS = 16
+_A_MOMENT_S = 0.01
 
 
 def work_off(book: ReceiptBook[PlanKind, ReceiptKind], run: Callable[[list[int]], Iterator[ReceiptKind]]) -> None:
@@ -27,9 +34,22 @@ def work_off(book: ReceiptBook[PlanKind, ReceiptKind], run: Callable[[list[int]]
         return
     progress = Progress(book.plan.num_rows, book.num_done, bad=book.bad, tokens=book.num_tokens)
     try:
-        for receipt in retried(lambda: run(book.pending)):
-            book.commit(receipt)
+        for receipt in _put(book, retried(lambda: run(book.pending))):
+            book.enter(receipt)
             book.check_share()
             progress.update(book.num_done, book.num_bad, book.num_tokens)
     finally:
         progress.finish(book.num_done, book.num_bad)
+
+
+def _put(book: ReceiptBook[PlanKind, ReceiptKind], receipts: Iterator[ReceiptKind]) -> Iterator[ReceiptKind]:
+    """`receipts`, in their order, as they lie in the store."""
+    with ThreadPoolExecutor(_COMMITTERS) as threads:
+        waiting: deque[Future[ReceiptKind]] = deque()
+        for receipt in receipts:
+            waiting.append(threads.submit(book.put, receipt))
+            # A disk is done in this time, so that what is shown is not one chunk behind.
+            while waiting and (len(waiting) == _COMMITTERS or wait(list(waiting)[:1], timeout=_A_MOMENT_S).done):
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
