@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -10,6 +12,7 @@ from starlette.testclient import TestClient
 
 from pipelines.serving.authentication import hash_token
 from pipelines.serving.errors import ApiError
+from pipelines.serving.http import build_http
 from pipelines.serving.service import Service
 from pipelines.serving.settings import Policy
 from tests.serving_http import LIMITS, Backend, body, data_uri, post, user, with_image
@@ -85,6 +88,22 @@ def test_a_large_body_is_refused_with_and_without_its_length(client: TestClient,
         assert response.status_code == 413
         assert response.json()["error"]["code"] == "body_too_large"
     assert not backend.prompts
+
+
+def test_a_client_that_leaves_while_it_sends_its_body_is_no_fault_of_ours(service: Service, client: TestClient) -> None:
+    """Counted as one that went away; nothing is raised, of which Serve would log the trace."""
+    messages = iter([{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}])
+
+    async def receive() -> Any:
+        return next(messages)
+
+    async def send(message: Any) -> None:
+        pass
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "query_string": b"", "headers": []}
+    asyncio.run(build_http(service)(scope, receive, send))
+    assert service._num_open == 0
+    assert 'flashsloth_requests_total{replica="ingress-1",status="499"} 1.0' in client.get("/metrics").text
 
 
 def test_an_unknown_model_is_not_found(client: TestClient, backend: Backend) -> None:
