@@ -19,11 +19,13 @@ class Completion:
         request_id: becomes a part of the answer's own id.
         model_name: as the client knows it.
         num_prompt_tokens: visual tokens included.
+        include_usage: let a stream end with its usage, which is null in all chunks before.
     """
 
-    def __init__(self, request_id: str, model_name: str, num_prompt_tokens: int) -> None:
+    def __init__(self, request_id: str, model_name: str, num_prompt_tokens: int, include_usage: bool) -> None:
         self._common = {"id": f"chatcmpl-{request_id}", "created": int(time.time()), "model": model_name}
         self._num_prompt_tokens = num_prompt_tokens
+        self._include_usage = include_usage
 
     def whole(self, reply: Reply) -> dict[str, Any]:
         """The body for an answer that comes in one piece."""
@@ -45,16 +47,18 @@ class Completion:
         events = self._event({"content": reply.text}) if reply.text else b""
         return events if reply.finish_reason is None else events + self._event({}, reply.api_finish_reason)
 
-    def closing(self, num_tokens: int, include_usage: bool) -> bytes:
+    def closing(self, num_tokens: int) -> bytes:
         """The last events of a stream."""
-        return (self._encode({"choices": [], "usage": self._usage(num_tokens)}) if include_usage else b"") + DONE
+        usage = {"choices": [], "usage": self._usage(num_tokens)}
+        return (self._encode(usage) if self._include_usage else b"") + DONE
 
     def broken(self, error: ApiError) -> bytes:
         """The last event of a stream that cannot go on; its status was sent long ago."""
         return b"data: " + json.dumps(error.body()).encode() + b"\n\n"
 
     def _event(self, delta: dict[str, str], finish_reason: str | None = None) -> bytes:
-        return self._encode({"choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason}]})
+        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
+        return self._encode({"choices": [choice], **({"usage": None} if self._include_usage else {})})
 
     def _encode(self, content: dict[str, Any]) -> bytes:
         chunk = {**self._common, "object": "chat.completion.chunk", **content}

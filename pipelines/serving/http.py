@@ -40,7 +40,9 @@ def build_http(service: Service) -> FastAPI:
     @http.exception_handler(HTTPException)
     async def answer_wrong_path(request: Request, error: HTTPException) -> JSONResponse:
         message = f"{request.method} {request.url.path}: {error.detail}"
-        return await answer_error(request, ApiError(error.status_code, message, "invalid_request"))
+        response = await answer_error(request, ApiError(error.status_code, message, "invalid_request"))
+        response.headers.update(error.headers or {})  # of a wrong method: which ones are allowed
+        return response
 
     @http.exception_handler(Exception)
     async def answer_fault(request: Request, _: Exception) -> JSONResponse:
@@ -52,13 +54,14 @@ def build_http(service: Service) -> FastAPI:
             question = await service.read(await _read_body(request, service.limits.max_body_bytes))
             # Serve's proxy gives every request an id, the client's own where it sent one, and returns it as a header.
             request_id = request.headers.get("x-request-id") or uuid.uuid4().hex
-            completion = Completion(request_id, service.model_name, len(question.prompt.input_ids))
+            num_prompt_tokens = len(question.prompt.input_ids)
+            completion = Completion(request_id, service.model_name, num_prompt_tokens, question.include_usage)
             visit.sent()
             if question.is_stream:
                 return await _stream(service, visit, question, completion)
             reply = await visit.wait(service.engines.answer(question.prompt))
             visit.first_token(reply)
-            service.metrics.answered(len(question.prompt.input_ids), reply.num_tokens)
+            service.metrics.answered(num_prompt_tokens, reply.num_tokens)
             visit.close(200)
             return JSONResponse(completion.whole(reply))
 
@@ -129,7 +132,7 @@ async def _events(
                 yield completion.piece(reply)
         service.metrics.answered(len(question.prompt.input_ids), num_tokens)
         visit.close(200)
-        yield completion.closing(num_tokens, question.include_usage)
+        yield completion.closing(num_tokens)
     except ApiError as error:
         visit.close(error.status)
         yield completion.broken(error)

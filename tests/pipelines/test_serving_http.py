@@ -80,6 +80,11 @@ def test_unknown_paths_and_methods_have_the_same_shape(client: TestClient) -> No
     assert client.get("/v1/chat/completions").status_code == 405
 
 
+def test_a_wrong_method_is_told_the_right_ones(client: TestClient) -> None:
+    assert client.get("/v1/chat/completions").headers["allow"] == "POST"
+    assert client.post("/v1/models").headers["allow"] == "GET"
+
+
 def test_a_stream_adds_up_to_the_whole_answer(client: TestClient) -> None:
     whole = post(client, max_tokens=20).json()
     _, events = stream(client, max_tokens=20, stream_options={"include_usage": True})
@@ -92,6 +97,7 @@ def test_a_stream_adds_up_to_the_whole_answer(client: TestClient) -> None:
     assert [chunk["choices"][0]["finish_reason"] for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
     assert chunks[-1]["choices"][0]["finish_reason"] == whole["choices"][0]["finish_reason"]
     assert (usage["choices"], usage["usage"]) == ([], whole["usage"])
+    assert [chunk["usage"] for chunk in chunks] == [None] * len(chunks)
 
 
 def test_a_stream_tells_its_usage_only_where_asked(client: TestClient) -> None:
