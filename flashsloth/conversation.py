@@ -203,9 +203,9 @@ def _load_image(source: Any, index: int) -> Image.Image:
         return source
     if isinstance(source, bytes):
         return decode_image(source)
-    if isinstance(source, str) and source.startswith("data:"):
+    if isinstance(source, str) and source[:5].lower() == "data:":
         header, _, payload = source.partition(",")
-        if not header.endswith(";base64"):
+        if not header.lower().endswith(";base64"):
             raise ConversationError("unsupported_content", f"message {index}: a data URI must be base64")
         try:
             return decode_image(base64.b64decode(payload, validate=True))

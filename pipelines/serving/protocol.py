@@ -80,7 +80,7 @@ class ChatRequest(_Wire):
     def image_addresses(self) -> list[str]:
         """The images that are to be fetched."""
         parts = [part for message in self.messages for part in message.content if isinstance(part, ImagePart)]
-        return [part.image_url.url for part in parts if not part.image_url.url.startswith("data:")]
+        return [part.image_url.url for part in parts if part.image_url.url[:5].lower() != "data:"]
 
 
 def parse_request(body: bytes, model_name: str) -> ChatRequest:
@@ -188,7 +188,7 @@ def _decode(message: ChatMessage, limits: Limits, tile_size: int, fetched: Mappi
 def _data_of(url: str) -> bytes:
     """The bytes in a data URI."""
     header, comma, payload = url.partition(",")
-    if not comma or not header.endswith(";base64"):
+    if not comma or not header.lower().endswith(";base64"):
         raise ConversationError("unsupported_content", "image_url is a data URI without base64 content")
     try:
         return base64.b64decode(payload, validate=True)

@@ -139,6 +139,7 @@ def data_uri():
         {"type": "image", "image": data_uri()},
         {"type": "image", "url": data_uri()},
         {"type": "image_url", "image_url": {"url": data_uri()}},
+        {"type": "image_url", "image_url": {"url": data_uri().replace("data:", "DATA:", 1)}},
     ],
 )
 @pytest.mark.parametrize("image_first", [True, False])

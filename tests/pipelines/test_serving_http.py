@@ -48,6 +48,13 @@ def test_image_and_question_reach_the_engine_as_the_processor_makes_them(client:
     np.testing.assert_array_equal(prompt.pixel_values, processor.image_processor.to_uint8(picture))
 
 
+def test_the_scheme_of_a_data_uri_is_written_in_any_case(client: TestClient, backend: Backend) -> None:
+    scheme, _, payload = data_uri().partition("/")
+    for uri in (data_uri(), f"{scheme.upper()}/{payload}", f"{scheme}/{payload.replace('base64', 'Base64', 1)}"):
+        assert post(client, messages=[user(with_image(uri))]).status_code == 200
+    assert len({prompt.image_key for prompt in backend.prompts}) == 1
+
+
 def test_text_alone_and_several_turns(client: TestClient, backend: Backend) -> None:
     turns = [user("Is it red?"), {"role": "assistant", "content": "Yes."}, user([{"type": "text", "text": "Sure?"}])]
     assert post(client, messages=turns).status_code == 200
