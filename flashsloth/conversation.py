@@ -167,7 +167,10 @@ def _check_turns(messages: Sequence[Message]) -> None:
         if message["role"] != expected:
             remedy = ""
             if message["role"] == "system":
-                remedy = "; the system text is the processor's (its `system` argument), not the conversation's"
+                remedy = (
+                    "; the system text is the processor's (its `system` argument), which the model was trained with, "
+                    "not the conversation's: say it in the first question"
+                )
             raise ConversationError("role_order", f"message {index} is {message['role']!r}, not {expected!r}{remedy}")
         if not message["content"].strip():
             reason = "empty_question" if expected == "user" else "empty_answer"

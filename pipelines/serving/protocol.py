@@ -1,6 +1,7 @@
 """What clients send: the part of the OpenAI chat API that this service speaks.
 
-A field that is not listed is refused by name. To ignore it would be to answer another question than the one asked.
+A field that is not listed is refused by name. To ignore it would be to answer another question than the one asked. What
+this service does not do may be named where the value says that it is not asked for: clients spell out their defaults.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import binascii
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from flashsloth.conversation import ConversationError, read_conversation
 from flashsloth.image_processing_flashsloth import ImageError, decode_image
@@ -58,6 +60,16 @@ class StreamOptions(_Wire):
     include_usage: bool = False
 
 
+def _nothing_but(*values: Any) -> AfterValidator:
+    """What this service does not do: the field is null, or has one of `values`, which do not ask for it."""
+
+    def check(value: Any) -> None:
+        if value is not None and value not in values:
+            raise PydanticCustomError("unsupported", "the service cannot do what it asks for")
+
+    return AfterValidator(check)
+
+
 class ChatRequest(_Wire):
     """The body of `POST /v1/chat/completions`. The temperature defaults to 0: an answer about a picture is no draw."""
 
@@ -75,6 +87,15 @@ class ChatRequest(_Wire):
     presence_penalty: float | None = Field(default=None, ge=0, le=0)
     frequency_penalty: float | None = Field(default=None, ge=0, le=0)
     user: str | None = None
+    logprobs: Annotated[Any, _nothing_but(False)] = None
+    top_logprobs: Annotated[Any, _nothing_but(0)] = None
+    logit_bias: Annotated[Any, _nothing_but({})] = None
+    tools: Annotated[Any, _nothing_but([])] = None
+    tool_choice: Annotated[Any, _nothing_but("none", "auto")] = None
+    parallel_tool_calls: Annotated[Any, _nothing_but(False, True)] = None
+    response_format: Annotated[Any, _nothing_but({"type": "text"})] = None
+    modalities: Annotated[Any, _nothing_but(["text"])] = None
+    store: Annotated[Any, _nothing_but(False)] = None
 
     @property
     def image_addresses(self) -> list[str]:
@@ -149,7 +170,7 @@ def read_messages(
 
 
 def _explain(kind: str, param: str | None, message: str) -> str:
-    if kind == "extra_forbidden":
+    if kind in ("extra_forbidden", "unsupported"):
         return f"the field {param!r} is not supported"
     return f"{param}: {message}" if param else message
 

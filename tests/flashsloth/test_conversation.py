@@ -90,7 +90,8 @@ def test_what_is_no_chat(messages, expected):
 
 def test_a_system_message_is_refused_with_the_remedy():
     with pytest.raises(
-        ConversationError, match="message 0 is 'system', not 'user'; the system text is the processor's"
+        ConversationError,
+        match=r"message 0 is 'system', not 'user'; the system text is the processor's.* first question",
     ):
         chat([{"role": "system", "content": "Be rude."}, user("a")])
 

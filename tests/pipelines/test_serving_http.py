@@ -70,6 +70,27 @@ def test_sampling_arrives(client: TestClient, backend: Backend) -> None:
     assert (sampling.stop, sampling.seed) == (("x", "y"), 5)
 
 
+def test_a_request_may_say_that_it_does_not_ask_for_what_is_not_done(client: TestClient, backend: Backend) -> None:
+    """As clients do that spell out the defaults of the API, or send null for every field."""
+    off = {
+        "n": 1,
+        "presence_penalty": 0,
+        "frequency_penalty": 0.0,
+        "logprobs": False,
+        "top_logprobs": 0,
+        "logit_bias": {},
+        "tools": [],
+        "tool_choice": "none",
+        "parallel_tool_calls": True,
+        "response_format": {"type": "text"},
+        "modalities": ["text"],
+        "store": False,
+    }
+    for changes in ({}, off, dict.fromkeys(off)):
+        assert post(client, **changes).status_code == 200, changes
+    assert backend.prompts[0].sampling == backend.prompts[1].sampling == backend.prompts[2].sampling
+
+
 def test_an_answer_has_the_default_length_where_none_is_asked(client: TestClient, backend: Backend) -> None:
     assert post(client).status_code == 200
     assert backend.prompts[0].sampling.max_tokens == LIMITS.default_max_tokens
