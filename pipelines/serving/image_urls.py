@@ -23,14 +23,17 @@ from pipelines.serving.errors import ApiError
 TIMEOUT_S = 10
 _PORTS = {"http": 80, "https": 443}
 _TRANSLATED = ipaddress.ip_network("64:ff9b::/96")  # NAT64: an IPv4 address in IPv6's clothes
+_WIRE_SERVER = ipaddress.ip_address("168.63.129.16")  # of the internet by its number, of Azure inside its machines
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is one of the open internet: not private, loopback, link-local, reserved or multicast."""
+    """Whether an IP address is one of the open internet: not private, loopback, local, reserved or multicast."""
     ip = ipaddress.ip_address(address)
-    if isinstance(ip, ipaddress.IPv6Address) and (ip.ipv4_mapped or ip.sixtofour or ip.teredo or ip in _TRANSLATED):
+    if isinstance(ip, ipaddress.IPv6Address) and (
+        ip.ipv4_mapped or ip.sixtofour or ip.teredo or ip in _TRANSLATED or ip.is_site_local
+    ):
         return False
-    return ip.is_global and not ip.is_multicast and not ip.is_reserved
+    return ip.is_global and not ip.is_multicast and not ip.is_reserved and ip != _WIRE_SERVER
 
 
 class ImageFetcher:
