@@ -73,7 +73,7 @@ class ImageFetcher:
             raise _refused(f"image_url is a {scheme} address, which is not fetched; send a data URI (base64)")
         try:
             url = URL(address)
-            host, port = (url.host or "").lower().rstrip("."), url.port
+            host, port = (url.raw_host or "").lower().rstrip("."), url.port
         except ValueError as error:
             raise _refused(f"image_url is no valid address: {error}") from error
         if url.user or url.password:

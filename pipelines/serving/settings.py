@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from pipelines.serving.engine_settings import EngineSettings
 from pipelines.settings import Section
 
+# As DNS has it, with a last label that no number can have: addresses are never fetched from.
+_HOST = re.compile(r"([a-z0-9_-]+\.)*[a-z][a-z0-9-]*(:[1-9][0-9]{0,4})?")
+
+
+def _bare_host(text: str) -> str:
+    """The host in small letters; raises `ValueError` for what no image's address could ever match."""
+    host = text.lower()
+    if not _HOST.fullmatch(host):
+        raise ValueError(f"{text!r} is no host; write its bare name, as cdn.example.com or cdn.example.com:8443")
+    return host
+
+
 TokenHash = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+ImageHost = Annotated[str, AfterValidator(_bare_host)]
 
 
 class Limits(Section):
@@ -53,7 +67,7 @@ class Policy(Section):
     """Name of a client -> sha256 of its token in hex, as `jobs/serve.py token NAME` prints it. Where there are none,
     everybody may ask."""
 
-    image_hosts: list[str] = Field(default_factory=list)
+    image_hosts: list[ImageHost] = Field(default_factory=list)
     """Hosts (`host` or `host:port`) whose images may be named by http(s) address. Where there are none, images come as
     data URIs only."""
 

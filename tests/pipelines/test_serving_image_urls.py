@@ -10,9 +10,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from pipelines.serving.errors import ApiError
 from pipelines.serving.image_urls import ImageFetcher, is_public
+from pipelines.serving.settings import Policy
 
 PRIVATE = """
     127.0.0.1 127.8.8.8 0.0.0.0 10.0.0.1 172.16.0.1 192.168.1.1 169.254.169.254 100.64.0.1 192.0.2.1
@@ -128,6 +130,39 @@ def test_only_named_hosts_are_asked(server: ImageServer, names: dict[str, list[s
     ):
         assert refusal(address, host, local=True).code == "image_url_not_allowed", address
     assert server.connections == 0
+
+
+def test_a_host_is_named_bare_in_any_case(server: ImageServer, names: dict[str, list[str]]) -> None:
+    (host,) = Policy(image_hosts=[f"Pictures.EXAMPLE:{server.port}"]).image_hosts
+    names["pictures.example"] = ["127.0.0.1"]
+    assert fetch(f"http://pictures.example:{server.port}/image.png", host, local=True) == b"picture"
+
+
+def test_a_name_of_other_letters_is_named_as_dns_has_it(server: ImageServer, names: dict[str, list[str]]) -> None:
+    names["xn--bcher-kva.example"] = ["127.0.0.1"]
+    (host,) = Policy(image_hosts=[f"xn--bcher-kva.example:{server.port}"]).image_hosts
+    assert fetch(f"http://b\u00fccher.example:{server.port}/image.png", host, local=True) == b"picture"
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        *(
+            "https://cdn.example/",
+            "cdn.example/",
+            " cdn.x ",
+            "",
+            "cdn.example.",
+            "a@b.example",
+            "*.example",
+            "b\u00fccher.example",
+        ),
+        *("cdn.example:0", "cdn.example:080", "cdn.example:x", "127.0.0.1", "0x7f.1", "[::1]:80", "cdn.example\n"),
+    ],
+)
+def test_what_no_address_could_match_is_no_host(host: str) -> None:
+    with pytest.raises(ValidationError, match=r"is no host; write its bare name, as cdn\.example\.com"):
+        Policy().changed({"image_hosts": ["cdn.example", host]})
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]", "[::ffff:127.0.0.1]", "0x7f.1", "2130706433"])
