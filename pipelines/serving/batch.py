@@ -191,7 +191,7 @@ class ContinuousBatch:
         rows: list[Row] = []
 
         def join() -> list[int]:
-            rows.extend(Row(ticket, self._tokenizer, self._eos_token_id) for ticket in group)
+            rows.extend(Row(ticket, self.slots.length, self._tokenizer, self._eos_token_id) for ticket in group)
             logits = self.decoder.prefill([ticket.prompt for ticket in group], first)
             return choose_tokens(logits, [row.draws for row in rows])
 

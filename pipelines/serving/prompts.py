@@ -72,14 +72,20 @@ def check_prompt(prompt: Prompt, config: FlashSlothConfig, max_length: int) -> N
     """Check one prompt by itself. The model checks a batch: there, one's missing image could be another's spare one.
 
     Raises:
-        ValueError: it is empty, its parts do not match in number, or with its answer it is longer than `max_length`.
+        ValueError: it is empty, its parts do not match in number, or with its answer it is longer than `max_length`; of
+            an answer that shrinks, with its first token.
     """
     length, longest = len(prompt.input_ids), prompt.sampling.max_tokens
     if not length or length != len(prompt.question_ids):
         raise ValueError(
             f"{length} input_ids and {len(prompt.question_ids)} question_ids: give one each per token, at least one"
         )
-    if length + longest > max_length:
+    if prompt.sampling.shrinks and length >= max_length:
+        raise ValueError(
+            f"{length} prompt tokens leave no room for an answer in a slot, which holds {max_length}: shorten the "
+            "prompt, or raise the engine's max_length"
+        )
+    if not prompt.sampling.shrinks and length + longest > max_length:
         raise ValueError(
             f"{length} prompt tokens and up to {longest} answer tokens are {length + longest}, a slot holds "
             f"{max_length}: shorten the prompt, lower max_tokens, or raise the engine's max_length"

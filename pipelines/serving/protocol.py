@@ -146,6 +146,7 @@ def read_sampling(request: ChatRequest, limits: Limits) -> Sampling:
         stop=tuple(stops),
         seed=request.seed,
         deadline_s=limits.deadline_s,
+        shrinks=asked is None,  # who has not asked for a length has not asked for too much
     )
 
 

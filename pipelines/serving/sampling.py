@@ -21,6 +21,7 @@ class Sampling:
         stop: texts before which the answer ends.
         seed: makes the draw reproducible, whatever else is in the batch; from -2**63 up to below 2**64.
         deadline_s: seconds from submission after which the answer ends where it is; None for no such end.
+        shrinks: let an answer end where its slot does, instead of refusing a prompt that leaves less than `max_tokens`.
 
     Raises:
         ValueError: a field is not as above; the message names it.
@@ -32,6 +33,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
     seed: int | None = None
     deadline_s: float | None = None
+    shrinks: bool = False
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:

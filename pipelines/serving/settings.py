@@ -42,7 +42,7 @@ class Limits(Section):
     """Longest answer a request may ask for."""
 
     default_max_tokens: int = Field(default=256, gt=0)
-    """Length of an answer where the request does not say; at most `max_tokens`."""
+    """Length of an answer where the request does not say; at most `max_tokens`, and what is left of a slot."""
 
     deadline_s: float = Field(default=100, gt=0)
     """Seconds from a request's arrival at an engine after which its answer ends where it is. Keep it below the

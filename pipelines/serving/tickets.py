@@ -76,9 +76,9 @@ def _ignore(chunk: Chunk) -> None:
 
 
 class Row:
-    """A request that has a slot."""
+    """A request that has a slot, of `slot_length` positions."""
 
-    def __init__(self, ticket: Ticket, tokenizer: Tokenizer, eos_token_id: int) -> None:
+    def __init__(self, ticket: Ticket, slot_length: int, tokenizer: Tokenizer, eos_token_id: int) -> None:
         sampling = ticket.prompt.sampling
         self.ticket = ticket
         self.draws = Draws(sampling)
@@ -86,7 +86,7 @@ class Row:
         """Positions of the slot that are filled."""
         self.last_token = -1
         """Generated, and not yet read by the model."""
-        self._max_tokens = sampling.max_tokens
+        self._max_tokens = min(sampling.max_tokens, slot_length - self.length)
         self._eos_token_id = eos_token_id
         self._transcript = Transcript(tokenizer, sampling.stop)
         self._num_tokens = 0

@@ -446,3 +446,18 @@ def test_a_prompt_that_just_fits_is_answered(
     assert len(answer.token_ids) == 40
     with pytest.raises(ValueError, match=f"a slot holds {longest}"):
         build(max_length=longest).submit(sampled(prompt, max_tokens=41))
+
+
+def test_an_answer_that_shrinks_has_what_its_prompt_leaves_of_a_slot(
+    processor: FlashSlothProcessor, build: Callable[..., ContinuousBatch]
+) -> None:
+    """And is the beginning of the one that a larger slot would have held."""
+    prompt = mixed_prompts(processor)[0]
+    room = len(prompt.input_ids) + 40
+    asked = sampled(prompt, max_tokens=50, shrinks=True)
+    (cut,), (whole,) = run(build(max_length=room), [asked]), run(build(), [asked])
+    assert (len(cut.token_ids), cut.finish_reason, len(whole.token_ids)) == (40, "length", 50)
+    assert cut.token_ids == whole.token_ids[:40]
+    batch = build(max_length=len(prompt.input_ids))
+    with pytest.raises(ValueError, match=r"leave no room for an answer in a slot, which holds \d+: shorten the prompt"):
+        batch.submit(asked)

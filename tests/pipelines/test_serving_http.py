@@ -96,6 +96,21 @@ def test_an_answer_has_the_default_length_where_none_is_asked(client: TestClient
     assert backend.prompts[0].sampling.max_tokens == LIMITS.default_max_tokens
 
 
+def test_where_none_is_asked_a_long_prompt_gets_what_is_left(
+    client: TestClient, service: Service, backend: Backend
+) -> None:
+    service.adopt(Policy(limits=Limits()))
+    long = [user("word " * 190)]
+    left = 1024 - len(backend.engine.processor.encode(long, has_image=False)["input_ids"])
+    assert 0 < left < Limits().default_max_tokens
+    answer = post(client, messages=long).json()
+    assert (answer["usage"]["completion_tokens"], answer["choices"][0]["finish_reason"]) == (left, "length")
+    refused = post(client, messages=long, max_tokens=left + 1)
+    assert (refused.status_code, "lower max_tokens" in refused.json()["error"]["message"]) == (422, True)
+    too_long = post(client, messages=[user("word " * 400)])
+    assert (too_long.status_code, "no room for an answer" in too_long.json()["error"]["message"]) == (422, True)
+
+
 def test_models(client: TestClient) -> None:
     (model,) = client.get("/v1/models").json()["data"]
     assert (model["id"], model["object"], model["hash"]) == ("tiny", "model", "ab" * 32)
