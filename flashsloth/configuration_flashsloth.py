@@ -1,7 +1,6 @@
 """The shape of a FlashSloth model (arXiv 2412.04317): a SigLIP tower, a Phi language model, and what joins them."""
 
-from __future__ import annotations
-
+# No "from __future__ import annotations" here: `strict` checks the values of fields by their annotations.
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -116,17 +115,17 @@ class FlashSlothConfig(PreTrainedConfig):
                 raise ValueError(f"{name} is {getattr(self, name)}, the vocabulary has {text.vocab_size} entries")
 
     @classmethod
-    def base(cls, **overrides: Any) -> FlashSlothConfig:
+    def base(cls, **overrides: Any) -> "FlashSlothConfig":
         """The published 3.2B model: 81 visual tokens an image."""
         return cls(**overrides)
 
     @classmethod
-    def hd(cls, **overrides: Any) -> FlashSlothConfig:
+    def hd(cls, **overrides: Any) -> "FlashSlothConfig":
         """The published HD model: five tiles, 405 visual tokens an image."""
         return cls(tiling="hd", **overrides)
 
     @classmethod
-    def tiny(cls, **overrides: Any) -> FlashSlothConfig:
+    def tiny(cls, **overrides: Any) -> "FlashSlothConfig":
         """Every part of the model at a size that trains on two CPU cores; 126-pixel tiles, 9 visual tokens a tile.
 
         `vision_config` and `text_config` given as dicts are merged into the tiny ones, so that a recipe can change a

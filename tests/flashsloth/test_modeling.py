@@ -370,6 +370,9 @@ def test_the_full_size_model_has_the_published_number_of_parameters() -> None:
         ({"pooling_size": 2}, "9 patches a side cannot be pooled in squares of 2"),
         ({"query_hidden_size": 30}, "query_hidden_size 30 is not divisible by the 4 attention heads"),
         ({"image_token_id": 600}, "image_token_id is 600, the vocabulary has 512 entries"),
+        ({"tiling": "odd"}, "'tiling' expected one of"),
+        ({"num_query_tokens": "9"}, "'num_query_tokens' expected int"),
+        ({"pooling_dropout": None}, "'pooling_dropout' with value None"),
     ],
 )
 def test_a_configuration_whose_parts_cannot_fit_is_refused(wrong: dict, message: str) -> None:
