@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from transformers import AutoTokenizer
 
-from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
+from flashsloth import FlashSlothConfig, FlashSlothForConditionalGeneration, FlashSlothProcessor
 from pipelines.serving.checkpoint_files import CheckpointError, check_folder, check_hashes, fetch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -17,10 +17,12 @@ def load_model(checkpoint: str | Path, device: str = "auto", dtype: str = "auto"
     """The model, in evaluation mode on its device ("auto": a GPU in bfloat16, else the CPU in float32).
 
     Raises:
-        CheckpointError: as `check_folder` and `check_hashes`, and where the weights do not fill the model exactly.
+        CheckpointError: as `check_folder` and `check_hashes`, and where a file cannot be read or the weights do not
+            fill the model exactly.
     """
     check_folder(checkpoint)
     check_hashes(checkpoint)
+    config, folder = _load_config(checkpoint), fetch(checkpoint)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":
@@ -28,10 +30,10 @@ def load_model(checkpoint: str | Path, device: str = "auto", dtype: str = "auto"
     options = {"dtype": DTYPES[dtype], "use_safetensors": True, "local_files_only": True}
     try:
         model, loading = FlashSlothForConditionalGeneration.from_pretrained(
-            fetch(checkpoint), output_loading_info=True, **options
+            folder, config=config, output_loading_info=True, **options
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{checkpoint}: {error}") from error
+    except Exception as error:  # whatever a file raises that is not what its name says
+        raise CheckpointError(f"{checkpoint}: no model can be loaded from its weights ({_in_a_line(error)})") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         keys = sorted(str(key) for key in loading.get(problem) or ())
         if keys:
@@ -43,15 +45,15 @@ def load_processor(checkpoint: str | Path) -> FlashSlothProcessor:
     """The processor that was exported beside the model.
 
     Raises:
-        CheckpointError: its files are missing, or it speaks of other tokens than the model.
+        CheckpointError: its files are missing or cannot be read, or it speaks of other tokens than the model.
     """
     check_folder(checkpoint)
-    folder = fetch(checkpoint)
+    config, folder = _load_config(checkpoint), fetch(checkpoint)
     try:
         processor = FlashSlothProcessor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint}: no processor can be loaded from it ({error})") from error
-    config = FlashSlothForConditionalGeneration.config_class.from_pretrained(folder)
+    except Exception as error:  # as above
+        reason = f"no processor can be loaded from its {_unreadable(folder)} ({_in_a_line(error)})"
+        raise CheckpointError(f"{checkpoint}: {reason}") from error
     pairs = {
         "num_image_tokens": (processor.num_image_tokens, config.num_image_tokens),
         "num_query_tokens": (processor.num_query_tokens, config.num_query_tokens),
@@ -63,3 +65,24 @@ def load_processor(checkpoint: str | Path) -> FlashSlothProcessor:
         if ours != theirs:
             raise CheckpointError(f"{checkpoint}: its processor has {name} {ours}, its model {theirs}")
     return processor
+
+
+def _load_config(checkpoint: str | Path) -> FlashSlothConfig:
+    folder = fetch(checkpoint)
+    try:
+        return FlashSlothConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # as above
+        raise CheckpointError(f"{checkpoint}/config.json describes no model ({_in_a_line(error)})") from error
+
+
+def _unreadable(folder: Path) -> str:
+    """Which files are to blame where a processor cannot be loaded."""
+    try:
+        AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception:
+        return "tokenizer.json and tokenizer_config.json"
+    return "processor_config.json"
+
+
+def _in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -62,6 +62,30 @@ def test_a_released_checkpoint_is_pointed_to_conversion(folder: Path) -> None:
         check_folder(folder)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"text_config": 3},
+        {"vision_config": {"image_size": "a"}},
+        {"vision_config": {"patch_size": 0}},
+        {"tiling": 5},
+        {"num_query_tokens": "nine"},
+    ],
+)
+def test_a_config_that_describes_no_model(folder: Path, changes: dict[str, object]) -> None:
+    change_config(folder, **changes)
+    for load in (load_processor, load_model):
+        with pytest.raises(CheckpointError, match=rf"^{folder}/config\.json describes no model \(\w+: .+\)$"):
+            load(folder)
+
+
+def test_an_index_of_weights_that_is_none(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    (folder / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=rf"^{folder}: no model can be loaded from its weights \(\w+: .+\)$"):
+        load_model(folder)
+
+
 def test_pickled_weights(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     torch.save(weights, folder / "pytorch_model.bin")
@@ -117,6 +141,21 @@ def test_no_processor(folder: Path) -> None:
     for file in ("processor_config.json", "tokenizer.json", "tokenizer_config.json"):
         (folder / file).unlink()
     with pytest.raises(CheckpointError, match="no processor"):
+        load_processor(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "blamed"),
+    [
+        ("tokenizer.json", "{}", "tokenizer.json and tokenizer_config.json"),
+        ("tokenizer_config.json", "[]", "tokenizer.json and tokenizer_config.json"),
+        ("processor_config.json", "[]", "processor_config.json"),
+        ("processor_config.json", '{"image_processor": {"tiling": 5}}', "processor_config.json"),
+    ],
+)
+def test_a_processor_s_file_that_is_none(folder: Path, name: str, content: str, blamed: str) -> None:
+    (folder / name).write_text(content)
+    with pytest.raises(CheckpointError, match=rf"^{folder}: no processor can be loaded from its {blamed} \(\w+: .+\)$"):
         load_processor(folder)
 
 
