@@ -122,12 +122,14 @@ class Ingress:
         return self._metrics.collect()
 
     async def _read_metrics(self) -> bytes:
+        from pipelines.serving.engines import collect_from
         from pipelines.serving.metrics import exposition
 
         context = serve.get_replica_context()
         ingresses = serve.get_deployment_handle(context.deployment, context.app_name)
-        async with asyncio.timeout(METRICS_TIMEOUT_S):
-            seen, done = await asyncio.gather(ingresses.broadcast("collect").results_async(), self._engines.collect())
+        seen, done = await asyncio.gather(
+            collect_from(ingresses, METRICS_TIMEOUT_S), self._engines.collect(METRICS_TIMEOUT_S)
+        )
         return exposition([*seen, *done])
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from typing import Any, Protocol
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, Protocol, TypeVar
 
 from grpc import RpcError
 from ray.exceptions import RayError, RayTaskError
@@ -19,6 +19,8 @@ ATTEMPTS = 2  # not more: a request that kills its engine must not go round unti
 PAUSE_S = 0.2  # between attempts: Serve needs a moment to see that a replica is gone
 _LOST = ("engine_error", "unavailable")
 _FAILURES = (RayError, RayServeException, RpcError)  # the last where a connection ends in the middle of a message
+
+T = TypeVar("T")
 
 
 class Engines(Protocol):
@@ -87,9 +89,9 @@ class RemoteEngines:
         """See `Engines`."""
         await self._handle.check_health.remote()
 
-    async def collect(self) -> list[Any]:
-        """What `collect` of each engine gives."""
-        return await self._handle.broadcast("collect").results_async()
+    async def collect(self, patience_s: float) -> list[Any]:
+        """See `collect_from`."""
+        return await collect_from(self._handle, patience_s)
 
     async def _attempt(self, prompt: Prompt) -> Reply | ApiError:
         response = self._handle.answer.remote(prompt)
@@ -106,6 +108,25 @@ class RemoteEngines:
             raise error
         self._on_retry()
         await asyncio.sleep(PAUSE_S * (attempt + 1))
+
+
+async def collect_from(handle: DeploymentHandle, patience_s: float) -> list[Any]:
+    """What `collect` of each replica gives, without those that are lost or do not answer within `patience_s`."""
+    deadline = asyncio.get_running_loop().time() + patience_s
+
+    async def wait(answer: Awaitable[T]) -> T | None:
+        try:
+            async with asyncio.timeout_at(deadline):
+                return await answer
+        except RayTaskError:  # a fault of ours
+            raise
+        except (*_FAILURES, TimeoutError):
+            return None
+
+    # Not `results_async`, of which one replica that does not answer takes the answers of all.
+    replicas = await wait(handle.broadcast("collect")._fetch_replica_results_async()) or []
+    answers = await asyncio.gather(*(wait(replica.get_async()) for replica in replicas))
+    return [answer for answer in answers if answer is not None]
 
 
 def _explain(failure: Exception) -> ApiError:

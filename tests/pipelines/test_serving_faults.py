@@ -129,6 +129,26 @@ def test_an_engine_that_hangs_is_replaced_and_its_requests_are_asked_again(addre
     asyncio.run(check())
 
 
+def test_the_metrics_show_who_answers_while_others_are_lost(address: str) -> None:
+    async def check() -> None:
+        before = await two_engines(address)
+        stopped = replica_processes("Engine")[0]
+        stopped.suspend()
+        try:
+            shown = await engines(address)
+        finally:
+            stopped.resume()
+        assert len(shown) == len(shown & before) == 1
+        assert await engines(address) == before
+
+        for process in replica_processes("Engine"):
+            process.kill()
+        while len(after := set((await read_metrics(address)).get("flashsloth_engine_slots", ()))) < 2 or after & before:
+            await asyncio.sleep(0.1)
+
+    asyncio.run(asyncio.wait_for(check(), 2 * START_S))
+
+
 def test_a_rolling_update_under_load_loses_no_request(address: str, args: ServeArgs) -> None:
     async def check() -> None:
         before = await two_engines(address)
