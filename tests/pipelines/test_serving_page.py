@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
 import shutil
 import threading
@@ -215,6 +216,22 @@ def test_the_answer_streams_and_can_be_stopped(site: Site, open_page: Any, monke
         assert time.monotonic() < deadline, "the slot is not freed"
         time.sleep(0.01)
     site.service.adopt(site.policy)
+
+
+def test_an_answer_that_is_cut_off_is_shown_as_such(site: Site, open_page: Any) -> None:
+    """By a proxy between them, say, that ends the response in good form."""
+    page = open_page(site)
+    expect(page.locator("#model")).to_have_text("tiny")
+    choice = {"index": 0, "delta": {"content": "It is"}, "finish_reason": None}
+    event = json.dumps({"choices": [choice], "usage": None})
+    page.route(
+        "**/chat/completions",
+        lambda route: route.fulfill(content_type="text/event-stream", body=f"data: {event}\n\n"),
+    )
+    page.keyboard.type("What is it?\n")
+    expect(page.get_by_role("alert")).to_contain_text("the answer was cut off")
+    expect(page.locator(".assistant")).to_have_text("It is")
+    expect(page.locator(".figures")).to_have_count(0)
 
 
 def test_on_a_phone_nothing_is_cut_off(site: Site, open_page: Any) -> None:
