@@ -6,6 +6,7 @@ fields more, and leaves out the vision tower (SigLIP-so400m) and the ids of the 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -91,6 +92,7 @@ def from_released(reference: Path, out: Path) -> list[str]:
         _empty_model(config).generation_config.save_pretrained(folder)
         if (reference / "tokenizer_config.json").exists():
             _processor(reference, config).save_pretrained(folder)
+        _list_files(folder)
     return dropped
 
 
@@ -292,6 +294,16 @@ def _processor(reference: Path, config: FlashSlothConfig) -> FlashSlothProcessor
         if ours != theirs:
             raise ConversionError(f"{reference}: {name} is {ours} in the tokenizer, {theirs} in config.json")
     return processor
+
+
+def _list_files(folder: Path) -> None:
+    """Write `export.json` as training does beside its exports: who opens it compares the sha256 of each file."""
+    hashes = {}
+    for path in sorted(folder.iterdir()):
+        with path.open("rb") as file:
+            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    listed = {"version": 1, "step": 0, "files": hashes}  # nobody knows the steps that a released model was trained for
+    (folder / "export.json").write_text(json.dumps(listed, indent=1))
 
 
 class _NewFolder:

@@ -41,7 +41,7 @@ class ExportManifest(BaseModel):
 
     version: int = 1
     step: int
-    """Optimizer steps that the weights have behind them."""
+    """Optimizer steps that the weights have behind them; 0 in a folder that `jobs/convert.py` wrote."""
     files: dict[str, str]
     """File name -> sha256."""
 
@@ -79,7 +79,7 @@ def write_export(
 def fetch_export(uri: str) -> Path:
     """A checkpoint's folder on this machine; one on an object store is downloaded and verified first.
 
-    Local folders may come from elsewhere, such as `jobs/convert.py`, so they need no `export.json`.
+    Local folders may come from elsewhere, so they need no `export.json`.
 
     Raises:
         ExportError: There is no such folder, or it is not complete.

@@ -11,7 +11,10 @@ from safetensors.torch import load_file, save_file
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
 from flashsloth.conversion import our_name, released_name
 from jobs import convert
+from pipelines.serving.checkpoint_files import CheckpointError, check_hashes, exported_files
+from pipelines.training.export import fetch_export
 from tests.fixtures.tiny import train_tokenizer
+from tests.serving import flip_a_bit
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 BATCHES = ("single", "multiturn", "stage1")
@@ -138,6 +141,17 @@ def test_back_to_the_released_naming_bit_for_bit(released: Path, converted: Path
     # The configuration that comes back makes the same model.
     assert convert.main(["--reference", str(tmp_path / "back"), "--out", str(tmp_path / "again")]) == 0
     assert (tmp_path / "again" / "config.json").read_text() == (converted / "config.json").read_text()
+
+
+def test_what_was_converted_is_checked_like_an_export(converted: Path, tmp_path: Path) -> None:
+    """Serving and training read the list of hashes that training writes beside its own exports."""
+    folder = Path(shutil.copytree(converted, tmp_path / "copy"))
+    assert exported_files(folder).keys() == {path.name for path in folder.iterdir()} - {"export.json"}
+    check_hashes(folder)
+    assert fetch_export(str(folder)) == folder
+    flip_a_bit(folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors has sha256"):
+        check_hashes(folder)
 
 
 def test_every_name_has_one_counterpart(model: FlashSlothForConditionalGeneration) -> None:
