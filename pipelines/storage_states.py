@@ -6,6 +6,7 @@ both for the asking. So to compare costs no request of its own.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -17,6 +18,8 @@ from fsspec.implementations.local import LocalFileSystem
 from pipelines import storage
 from pipelines.storage_faults import naming, whole_body
 
+NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
+"""What errors say of a name that stands for no object: a folder, a link in a circle, more letters than names have."""
 _PAGE = 1000  # the most that S3 lists in one answer
 
 
@@ -98,15 +101,18 @@ class ObjectFolder:
 def _scan(path: str) -> Iterator[tuple[str, State]]:
     try:
         entries = os.scandir(path)
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError as error:
+        if error.errno not in NOT_THERE:
+            raise
         return
     with entries:
         for entry in entries:
             try:
                 if not entry.is_dir():
                     yield entry.name, _file_state(entry.stat())
-            except FileNotFoundError:  # a link that leads nowhere
-                continue
+            except OSError as error:  # a link that leads nowhere, or where nobody may look: what reads it will say so
+                if error.errno not in (*NOT_THERE, errno.EACCES):
+                    raise
 
 
 def _file_state(facts: os.stat_result) -> State:

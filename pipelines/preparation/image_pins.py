@@ -122,4 +122,5 @@ class ImagePins:
 
 def image_hash(root: str, image: str) -> int:
     """What stands for an image in the table: 64 bits of its root, as the source has it, and its path below."""
-    return xxhash.xxh3_64_intdigest(f"{root}\0{image}".encode())
+    # The name of a file may be no UTF-8, which Python holds as halves of surrogate pairs. No row can name it.
+    return xxhash.xxh3_64_intdigest(f"{root}\0{image}".encode("utf-8", "surrogatepass"))

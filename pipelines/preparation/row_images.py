@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +13,7 @@ from pipelines import storage
 from pipelines.preparation.image_pins import ImagePins
 from pipelines.preparation.sources import PlanError, SourceTerms
 from pipelines.records import Row, RowError
-from pipelines.storage_states import ObjectFolder
+from pipelines.storage_states import NOT_THERE, ObjectFolder
 
 # Images of a chunk are fetched ahead of the one that is asked for: an object store answers in tens of milliseconds.
 _FETCH_THREADS = 16
@@ -71,16 +70,14 @@ class ImageFolder:
         check_path(image)
         try:
             data, state = self._objects.read(image)
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-            if self._pins:
-                self._pins.check(self._root, image, None)
-            raise RowError("image_missing", f"{image!r}: no such file below {self._objects.uri}") from error
         except PermissionError as error:
             raise RowError("image_forbidden", f"{image!r}: may not be read below {self._objects.uri}") from error
         except OSError as error:
-            if error.errno == errno.ENAMETOOLONG:
-                raise RowError("image_missing", f"{image[:80]!r}...: no such file below {self._objects.uri}") from error
-            raise
+            if error.errno not in NOT_THERE:
+                raise
+            if self._pins:
+                self._pins.check(self._root, image, None)
+            raise RowError("image_missing", f"{image!r}: no such file below {self._objects.uri}") from error
         if self._pins:
             self._pins.check(self._root, image, state)
         return data

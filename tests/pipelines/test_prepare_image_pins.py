@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -174,3 +175,19 @@ def test_pins_are_verified_and_collected(tmp_path: Path, capsys: pytest.CaptureF
     table.unlink()
     assert main(["verify", settings.output]) == 1
     assert f"{table}: no such file, which the plan names" in capsys.readouterr().err
+
+
+def test_what_cannot_be_read_harms_no_other_image_whether_a_row_names_it_or_not(tmp_path: Path) -> None:
+    unreadable = ("images/loop", f"{'x' * 300}/0.jpg", "a/" * 3000 + "0.jpg")
+    write_corpus(tmp_path, [row(0), *(row(0, image=image) for image in unreadable), row(4)])
+    write_processor(tmp_path)
+    for name in ("loop", "no-row-names-this-loop"):
+        (tmp_path / "images" / name).symlink_to(name)
+    (tmp_path / "images" / "through-a-file").symlink_to("0.jpg/0.jpg")
+    Path(os.fsdecode(os.fsencode(tmp_path / "images") + b"/caf\xe9.jpg")).write_bytes(encoded(1))
+    for pin in (True, False):
+        settings = prepare_settings(tmp_path, output=f"{tmp_path}/{pin}", pin_images=pin, max_quarantined_share=0.6)
+        manifest = prepare_here(settings)
+        assert (manifest.written, manifest.quarantine_reasons) == (2, {"image_missing": 3})
+    plan = load_plan(f"{tmp_path}/True")
+    assert plan and plan.pins and (plan.pins.images, plan.pins.absent, plan.pins.unpinned) == (5, 3, 0)
