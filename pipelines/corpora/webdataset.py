@@ -92,7 +92,8 @@ def _split(name: str) -> tuple[str, str]:
 def _members(file: BinaryIO | io.BytesIO, path: str, ends: bool) -> Iterator[tarfile.TarInfo]:
     """The files in a tar, in constant memory; `ends` for a whole tar, whose end is then looked at."""
     try:
-        tar = tarfile.TarFile(fileobj=file)
+        # A name that is no UTF-8 is spelled so that it can be stored: caf\xe9. It only says where a row comes from.
+        tar = tarfile.TarFile(fileobj=file, errors="backslashreplace")
         while (member := tar.next()) is not None:
             tar.members = []  # type: ignore[attr-defined]  # they would be kept
             if member.isfile():

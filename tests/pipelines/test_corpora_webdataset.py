@@ -63,6 +63,29 @@ def test_captions_messages_and_text_alone(tmp_path: Path) -> None:
     assert (fourth.image, len(fourth.messages)) == (None, 2)
 
 
+@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_a_name_that_is_no_utf_8_is_spelled_so_that_it_can_be_stored(tmp_path: Path, form: int) -> None:
+    files = {
+        "0.jpg": b"0",
+        "0.txt": b"a",
+        "caf\udce9.jpg": b"1",
+        "caf\udce9.txt": b"b",
+        "café.jpg": b"2",
+        "café.txt": b"c",
+    }
+    path = tmp_path / "0.tar"
+    with tarfile.open(path, "w", format=form, errors="surrogateescape") as tar:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    found = read_rows("webdataset", path, 2)
+    assert [row.location for row in found] == [
+        f"{path}:{name} (sample {n})" for n, name in enumerate(["0", r"caf\xe9", "café"])
+    ]
+    assert [(each.id, each.image) for each in records(found)] == [("0", b"0"), (r"caf\xe9", b"1"), ("café", b"2")]
+
+
 def test_folders_long_names_and_odd_dots(tmp_path: Path) -> None:
     long = "x" * 200
     path = tmp_path / "0.tar"
