@@ -139,6 +139,14 @@ def test_a_bracket_too_many_is_a_bad_row(tmp_path: Path) -> None:
     assert isinstance(first, RowError) and second == {"id": 2}
 
 
+@pytest.mark.parametrize("chunk", [1, 2, 3, 4, 10])
+def test_an_empty_element_is_a_bad_row_wherever_a_span_ends(tmp_path: Path, chunk: int) -> None:
+    path = tmp_path / "corpus.json"
+    path.write_text("[, 1, 2,\n , 4,, 6, , ]")
+    values = read_all(str(path), chunk)
+    assert [None if isinstance(value, RowError) else value for value in values] == [None, 1, 2, None, 4, None, 6, None]
+
+
 def test_very_deep_row_is_a_bad_row(tmp_path: Path) -> None:
     path = tmp_path / "corpus.jsonl"
     path.write_text("[" * 200_000 + "]" * 200_000 + '\n{"id": 1}\n')
