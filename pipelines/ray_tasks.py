@@ -1,17 +1,18 @@
-"""Ray Data as the jobs use it: a block is a chunk all the way, and what goes wrong reaches the driver as it was raised.
+"""Ray as the jobs use it: a block is a chunk all the way, and what goes wrong reaches the driver as it was raised.
 
-Ray Data wraps what a task raises, logs it three times and asks for a bug report; a person needs the one line.
+Ray wraps what a task raises, and Ray Data logs it three times and asks for a bug report; a person needs the one line.
 """
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
-import pyarrow as pa
+import ray
+from ray import ObjectRef
 from ray.data import DataContext, Dataset
 from ray.data._internal.execution.resource_manager import ResourceManager
 from ray.exceptions import (
@@ -52,11 +53,11 @@ class _Carrier(Exception):
     """Brings what a task raised to the driver as it is: Ray Data writes advice for its users into the first text."""
 
 
-def carried(step: Callable[Step, pa.Table]) -> Callable[Step, pa.Table]:
-    """`step` of a chain, whose exceptions `column` can unwrap."""
+def carried(step: Callable[Step, Done]) -> Callable[Step, Done]:
+    """`step` of a chain, or a task, whose exceptions `column` and `results` can unwrap."""
 
     @wraps(step)
-    def run(*args: Step.args, **kwargs: Step.kwargs) -> pa.Table:
+    def run(*args: Step.args, **kwargs: Step.kwargs) -> Done:
         try:
             return step(*args, **kwargs)
         except Exception as error:
@@ -77,6 +78,17 @@ def column(chain: Dataset, name: str) -> Iterator[Any]:
         # To prefetch would be to hold a finished chunk back until another one is: a kill would then cost it as well.
         for batch in chain.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             yield from batch[name].to_pylist()
+    except RayError as error:
+        raise _original(error) from error
+
+
+def results(tasks: Sequence[ObjectRef[Done]]) -> list[Done]:
+    """What `tasks` return, in their order.
+
+    Raises: as `column`.
+    """
+    try:
+        return ray.get(list(tasks))
     except RayError as error:
         raise _original(error) from error
 

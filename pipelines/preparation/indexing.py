@@ -13,20 +13,22 @@ from pipelines.preparation.pinning import find_pins
 from pipelines.preparation.plan import Chunk, check_rows, index_files, scans
 from pipelines.preparation.row_images import SourceFiles
 from pipelines.preparation.sources import SourceTerms
+from pipelines.ray_tasks import carried, results
 
 
 def plan_chunks(sources: Sequence[SourceTerms], files: Sequence[SourceFiles], chunk_rows: int) -> list[Chunk]:
     """The chunks of all `sources`, in order; a task for every file that can be indexed by itself.
 
     Raises:
-        PlanError: a source holds no rows.
+        PlanError: a source holds no rows, or is a folder.
         FileFormatError: a file as a whole is not of its source's format.
+        ClusterError: Ray itself failed.
     """
-    index = ray.remote(index_files)
+    index = ray.remote(carried(index_files))
     # Put once: of ten thousand files, each task would else carry all.
     held: ObjectRef[Sequence[SourceTerms]] = ray.put(list(sources))
     paths: ObjectRef[Sequence[str]] = ray.put([file.path for file in files])
-    parts: list[list[Chunk]] = ray.get([index.remote(lot, held, paths, chunk_rows) for lot in scans(sources)])
+    parts: list[list[Chunk]] = results([index.remote(lot, held, paths, chunk_rows) for lot in scans(sources)])
     chunks = [chunk for part in parts for chunk in part]
     check_rows(sources, chunks)
     return chunks
@@ -40,6 +42,6 @@ def pin_images(
 
 
 def _in_tasks(function: Callable[..., Any], shared: tuple[Any, ...], calls: list[tuple[Any, ...]]) -> list[Any]:
-    task = ray.remote(function)
+    task = ray.remote(carried(function))
     held = [ray.put(each) for each in shared]
-    return ray.get([task.remote(*held, *call) for call in calls])
+    return results([task.remote(*held, *call) for call in calls])

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import count, groupby, islice
 from typing import Any
@@ -185,6 +186,7 @@ def index_files(numbers: range, sources: Sequence[SourceTerms], paths: Sequence[
     """The chunks of the files `numbers` of one source. A worker finds file number k at `paths[k]`.
 
     Raises:
+        PlanError: a file is a folder.
         FileFormatError: a file as a whole is not of the source's format.
     """
     chunks: list[Chunk] = []
@@ -193,22 +195,36 @@ def index_files(numbers: range, sources: Sequence[SourceTerms], paths: Sequence[
         source = sources[number]
         whole, part = divmod(source.weight, 1)
         num_rows = 0
-        if whole:
-            extents = _Counted(FORMATS[source.format].scan(paths[number]), left)
-            found = [dataclasses.asdict(span) for span in spans.group(extents, chunk_rows)]
-            chunks += [Chunk(source=number, repeat=n, **span) for n in range(int(whole)) for span in found]
-            num_rows = extents.count
-        if part:
-            extents = _Counted(FORMATS[source.format].scan(paths[number]), left)
-            takes = partial(is_taken, source, repeat=int(whole))
-            found = [dataclasses.asdict(span) for span in spans.group(extents, chunk_rows, takes)]
-            chunks += [Chunk(source=number, repeat=int(whole), **span) for span in found]
-            num_rows = extents.count
+        with _naming(source):
+            if whole:
+                extents = _Counted(FORMATS[source.format].scan(paths[number]), left)
+                found = [dataclasses.asdict(span) for span in spans.group(extents, chunk_rows)]
+                chunks += [Chunk(source=number, repeat=n, **span) for n in range(int(whole)) for span in found]
+                num_rows = extents.count
+            if part:
+                extents = _Counted(FORMATS[source.format].scan(paths[number]), left)
+                takes = partial(is_taken, source, repeat=int(whole))
+                found = [dataclasses.asdict(span) for span in spans.group(extents, chunk_rows, takes)]
+                chunks += [Chunk(source=number, repeat=int(whole), **span) for span in found]
+                num_rows = extents.count
         if left is not None:
             left -= num_rows
             if left <= 0:
                 break
     return chunks
+
+
+@contextmanager
+def _naming(source: SourceTerms) -> Iterator[None]:
+    try:
+        yield
+    except FileFormatError as error:
+        raise FileFormatError(f"source '{source.name}': {error}") from error
+    except IsADirectoryError as error:
+        raise PlanError(
+            f"source '{source.name}': {source.path} is a folder; for all of its files write a pattern, such as "
+            f"{storage.join(source.path, '*.json')}"
+        ) from error
 
 
 def read_chunk(source: SourceTerms, path: str, chunk: Chunk) -> list[Row]:

@@ -102,6 +102,30 @@ def test_missing_files_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_session")
+def test_an_error_of_planning_is_one_line_that_names_source_and_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_processor(tmp_path)
+    no_array, cut = tmp_path / "no-array.json", tmp_path / "cut.json"
+    no_array.write_text('{"rows": []}')
+    cut.write_text('[{"id": 1},')
+    gone = {"path": str(write_corpus(tmp_path, 1)), "image_root": "nowhere://bucket"}
+    for source, message in (
+        ({"path": str(no_array)}, f"source 'no-array': {no_array}: begins with b'{{\"rows\": []}}', not with '[': "),
+        ({"path": str(cut)}, f"source 'cut': {cut}: the array is not closed: "),
+        ({"path": str(cut), "format": "parquet"}, f"source 'cut': {cut}: no Parquet file: "),
+        ({"path": str(cut), "format": "webdataset"}, f"source 'cut': {cut}: no tar, or a damaged one: "),
+        ({"path": str(tmp_path), "name": "all"}, f"source 'all': {tmp_path} is a folder; for all of its files write "),
+        (gone, "nowhere://bucket: nothing that is installed knows nowhere://"),
+    ):
+        assert main(["--config", write_recipe(tmp_path, sources=[source])]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {message}") and error.count("\n") == 1, error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_session")
 def test_run_reports_and_verify_finds_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "images").mkdir()
     write_corpus(tmp_path, [*(row(number) for number in range(11)), bad_rows(tmp_path)["image_truncated"]])
