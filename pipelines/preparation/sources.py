@@ -50,7 +50,7 @@ def source_terms(sources: Sequence[SourceSettings]) -> list[SourceTerms]:
     named = [(source, *each) for source in sources for each in _files(source)]
     seen: dict[str, str] = {}
     for source, name, path in named:
-        other = seen.setdefault(os.path.realpath(path) if storage.is_local(path) else storage.resolve(path), name)
+        other = seen.setdefault(_place(path), name)
         if other != name:
             raise PlanError(f"source '{source.name}': {path} belongs to source '{other}' too; list each file once")
     with ThreadPoolExecutor(_THREADS) as threads:
@@ -98,6 +98,12 @@ def _files(source: SourceSettings) -> Iterator[tuple[str, str]]:
         raise PlanError(f"source '{source.name}': no file matches {source.path}")
     for name, path in found.items():
         yield f"{source.name}/{name}", path
+
+
+def _place(path: str) -> str:
+    """What all spellings of a file's path have in common: /x is file:///x, and s3a://b/k is s3://b/k."""
+    file_system, place = storage.filesystem(path)
+    return os.path.realpath(place) if storage.is_local(path) else f"{type(file_system).__name__}:{place}"
 
 
 def _file_terms(named: tuple[SourceSettings, str, str]) -> SourceTerms:

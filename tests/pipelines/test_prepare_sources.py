@@ -114,8 +114,10 @@ def test_a_weight_goes_with_a_limit(tmp_path: Path) -> None:
 def test_a_file_that_two_sources_have_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path, "data/a.jsonl", 2)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "link.jsonl").symlink_to(path)
-    for other in ("data/../data/a.jsonl", f"{tmp_path}/data/a.jsonl", "data/*.jsonl", "link.jsonl"):
+    others = ("data/../data/a.jsonl", f"{tmp_path}/data/a.jsonl", "data/*.jsonl", "link.jsonl")
+    for other in (*others, "~/data/a.jsonl", f"file://{path}", f"local://{tmp_path}/link.jsonl"):
         sources = [SourceSettings(path="data/a.jsonl"), SourceSettings(path=other, name="second")]
         with pytest.raises(
             PlanError, match=r"source 'second': .*\.jsonl belongs to source 'a' too; list each file once"
@@ -125,6 +127,12 @@ def test_a_file_that_two_sources_have_is_named(tmp_path: Path, monkeypatch: pyte
         recipe({"path": "data/a.jsonl"}, {"path": "data/a.jsonl", "name": "b"})
     with pytest.raises(ValueError, match="two sources have the name 'a'"):
         recipe({"path": "data/a.jsonl"}, {"path": "other/a.jsonl"})
+
+
+def test_an_object_that_two_sources_spell_differently_is_named() -> None:
+    sources = [SourceSettings(path=f"{protocol}://bucket/a.jsonl", name=protocol) for protocol in ("s3", "s3a")]
+    with pytest.raises(PlanError, match=r"source 's3a': s3a://bucket/a\.jsonl belongs to source 's3' too"):
+        source_terms(sources)
 
 
 def recipe(*sources: dict[str, Any]) -> PrepareSettings:
