@@ -35,7 +35,7 @@ class PinFacts(BaseModel):
     absent: int
     """Images that were not there."""
     unpinned: int
-    """Images that cannot be: their folder may not be listed, or tells no states, or their path is written oddly."""
+    """Images that cannot be: their folder may not be listed, or tells no states."""
 
 
 class ImagePins:
@@ -121,6 +121,6 @@ class ImagePins:
 
 
 def image_hash(root: str, image: str) -> int:
-    """What stands for an image in the table: 64 bits of its root, as the source has it, and its path below."""
+    """What stands for an image in the table: 64 bits of its root, as the source has it, and its plain path below."""
     # The name of a file may be no UTF-8, which Python holds as halves of surrogate pairs. No row can name it.
     return xxhash.xxh3_64_intdigest(f"{root}\0{image}".encode("utf-8", "surrogatepass"))

@@ -17,7 +17,7 @@ import numpy as np
 
 from pipelines.preparation.image_pins import ImagePins, image_hash
 from pipelines.preparation.plan import Chunk, read_chunk
-from pipelines.preparation.row_images import SourceFiles, check_path
+from pipelines.preparation.row_images import SourceFiles, plain_path
 from pipelines.preparation.sources import SourceTerms
 from pipelines.records import RowError
 from pipelines.storage_states import ObjectFolder
@@ -45,8 +45,6 @@ class Named:
     """uint64[N], sorted: `image_hash` of each once."""
     folders: frozenset[str]
     """Folders below the root that hold them."""
-    odd: np.ndarray
-    """The same of those that cannot be found in a listing, as their paths are not in the simplest form."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,6 @@ def find_pins(
             unpinned += len(missing)  # they may be there
         else:
             absent.append(missing)
-        unpinned += len(named.odd)
     return ImagePins.of(np.concatenate(found), np.concatenate(absent), unpinned)
 
 
@@ -114,32 +111,25 @@ def named_images(source: SourceTerms, path: str, stretch: Chunk) -> Named:
     Raises: as `read_chunk`.
     """
     names: set[int] = set()
-    odd: set[int] = set()
     folders: set[str] = set()
     for row in read_chunk(source, path, stretch):
         image = None if isinstance(row.content, RowError) else row.content.image
         if not isinstance(image, str):
             continue
         try:
-            check_path(image)
+            image = plain_path(image)
         except RowError:
             continue  # its row goes to the quarantine
-        name = image_hash(str(source.image_root), image)
-        if posixpath.normpath(image) != image:
-            odd.add(name)
-            continue
-        names.add(name)
+        names.add(image_hash(str(source.image_root), image))
         folders.add(posixpath.dirname(image))
-    return Named(_sorted(names), frozenset(folders), _sorted(odd))
+    return Named(np.array(sorted(names), np.uint64), frozenset(folders))
 
 
 def merge(parts: Iterable[Named]) -> Named:
     """All that `parts` name."""
     held = list(parts)
-    names, odd = (
-        np.unique(np.concatenate(each)) for each in zip(*((part.names, part.odd) for part in held), strict=True)
-    )
-    return Named(names, frozenset[str]().union(*(part.folders for part in held)), odd)
+    names = np.unique(np.concatenate([part.names for part in held]))
+    return Named(names, frozenset[str]().union(*(part.folders for part in held)))
 
 
 def list_images(root: str, place: str, names: np.ndarray, folders: Sequence[str]) -> Listed:
@@ -177,7 +167,3 @@ def _look(images: ObjectFolder, root: str, names: np.ndarray, folder: str) -> np
     except PermissionError:
         return None
     return np.concatenate(found)
-
-
-def _sorted(hashes: set[int]) -> np.ndarray:
-    return np.array(sorted(hashes), np.uint64)

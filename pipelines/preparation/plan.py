@@ -147,7 +147,7 @@ class Plan(CorpusPlan):
         there = self.pins.images - self.pins.absent
         text += f"\n  images that rows name: {there:,} pinned as they are"
         text += f", {self.pins.absent:,} not there" if self.pins.absent else ""
-        unpinned = f", {self.pins.unpinned:,} not pinned (their folders may not be listed, or their paths are odd)"
+        unpinned = f", {self.pins.unpinned:,} not pinned (their folders may not be listed)"
         return text + (unpinned if self.pins.unpinned else "")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -67,7 +68,7 @@ class ImageFolder:
             RowError: path_not_allowed, image_missing or image_forbidden.
             PlanError: it is not in the state that is pinned.
         """
-        check_path(image)
+        image = plain_path(image)
         try:
             data, state = self._objects.read(image)
         except PermissionError as error:
@@ -123,6 +124,16 @@ def check_path(image: str) -> None:
     """Raise RowError path_not_allowed unless `image` is a path that stays below the folder it is joined to."""
     if image.startswith(("/", "\\")) or _SCHEME.match(image) or ".." in re.split(r"[/\\]", image):
         raise RowError("path_not_allowed", f"{image!r}: an image is a path below the source's image_root")
+
+
+def plain_path(image: str) -> str:
+    """`image` in its simplest form: what ./a.jpg and b//../a.jpg are on a disk they are in a bucket too.
+
+    Raises:
+        RowError: path_not_allowed.
+    """
+    check_path(image)
+    return posixpath.normpath(image)
 
 
 def fetch_image(place: str, image: str) -> bytes:

@@ -90,6 +90,20 @@ def test_an_image_that_is_not_pinned_may_change(images: str, tmp_path: Path) -> 
         prepare(prepare_settings(tmp_path, sources=[source]))
 
 
+def test_an_image_is_found_and_pinned_however_its_path_is_spelled(images: str, tmp_path: Path) -> None:
+    paths = ("./images/0.jpg", "images//1.jpg", "images/./2.jpg", "images/4.jpg")
+    write_corpus(tmp_path, [row(0, image=path) for path in paths])
+    source = {"path": str(tmp_path / "corpus.jsonl"), "image_root": images}
+    ledger, maker = begin(prepare_settings(tmp_path, sources=[source], chunk_rows=1))
+    assert ledger.plan.pins and (ledger.plan.pins.images, ledger.plan.pins.absent) == (4, 0)
+    for chunk, number in enumerate((0, 1, 2, 4)):
+        assert do_chunk(ledger, maker, chunk).written == 1
+        image = storage.join(images, f"images/{number}.jpg")
+        storage.write_bytes(image, encoded(99))
+        with pytest.raises(PlanError, match=f"{image} has changed since the plan was made"):
+            do_chunk(ledger, maker, chunk)
+
+
 def test_a_listing_of_many_pages_finds_what_single_reads_find(
     images: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,12 +128,14 @@ def test_only_named_images_are_pinned_and_each_once(tmp_path: Path) -> None:
     ]
     write_corpus(tmp_path, rows)
     pins = pins_of(tmp_path, str(tmp_path))
-    assert pins and pins.table["name"].tolist() == [image_hash(str(tmp_path), "images/0.jpg")]
-    assert pins.facts().unpinned == 1  # ./images/2.jpg, which no listing spells like that
+    named = sorted(image_hash(str(tmp_path), f"images/{number}.jpg") for number in (0, 2))
+    assert pins and pins.table["name"].tolist() == named
+    assert (pins.facts().absent, pins.facts().unpinned) == (0, 0)
     again = pins_of(tmp_path, str(tmp_path), weight=2.0)
     assert again and again.facts() == pins.facts()
     pins.check(str(tmp_path), "images/0.jpg", State((tmp_path / "images/0.jpg").stat().st_size, stamp(tmp_path, 0)))
-    pins.check(str(tmp_path), "./images/2.jpg", State(1, 1))
+    with pytest.raises(PlanError, match=r"images/2\.jpg has changed since the plan was made"):
+        pins.check(str(tmp_path), "images/2.jpg", State(1, 1))
 
 
 def stamp(folder: Path, number: int) -> int:
