@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import xxhash
@@ -16,9 +18,11 @@ from fsspec.asyn import sync
 from fsspec.implementations.local import LocalFileSystem
 
 from pipelines import storage
-from pipelines.storage_faults import naming, whole_body
+from pipelines.storage_faults import StorageError, naming, whole_body
 
-NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
+NO_REGULAR_FILE = errno.ENXIO
+"""What errors say of a pipe, a socket or a device; of the last two the system itself says it."""
+NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, NO_REGULAR_FILE)
 """What errors say of a name that stands for no object: a folder, a link in a circle, more letters than names have."""
 _PAGE = 1000  # the most that S3 lists in one answer
 
@@ -33,6 +37,18 @@ class State(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.size}-{self.stamp:016x}"
+
+
+class TooLargeError(StorageError):
+    """An object has more bytes than may be read.
+
+    Attributes:
+        state: of the object.
+    """
+
+    def __init__(self, uri: str, most_bytes: int, state: State) -> None:
+        super().__init__(f"{uri}: {state.size:,} bytes; at most {most_bytes:,} may be read")
+        self.state = state
 
 
 class ObjectFolder:
@@ -54,19 +70,21 @@ class ObjectFolder:
         """Whether its objects come with their states: on a disk and in S3, of whatever make."""
         return self.is_local or self._is_s3
 
-    def read(self, name: str) -> tuple[bytes, State | None]:
+    def read(self, name: str, most_bytes: int | None = None) -> tuple[bytes, State | None]:
         """The whole object `name`, and its state at that time; None where the folder tells none.
 
-        Raises: as `storage.read_bytes`.
+        Raises:
+            TooLargeError: it has more than `most_bytes`. Nothing of it is read. Only where the folder tells states.
+            OSError: as `storage.read_bytes`; NO_REGULAR_FILE: a pipe, which would never end, a socket or a device.
+            StorageError: the store kept failing.
         """
         path, uri = f"{self._path}/{name}", storage.join(self.uri, name)
         with naming(uri):
             if self.is_local:
-                with open(path, "rb", buffering=0) as file:
-                    data = file.readall()
-                    return data, _file_state(os.fstat(file.fileno()))  # after reading: a change meanwhile is seen
+                return _read(path, uri, most_bytes)
             if self._is_s3:
-                return whole_body(lambda: sync(self._file_system.loop, _get, self._file_system, path))
+                get = partial(_get, self._file_system, path, uri, most_bytes)
+                return whole_body(lambda: sync(self._file_system.loop, get))
             return whole_body(lambda: self._file_system.cat_file(path)), None
 
     def states(self, folder: str) -> Iterator[tuple[str, State]]:
@@ -108,25 +126,44 @@ def _scan(path: str) -> Iterator[tuple[str, State]]:
     with entries:
         for entry in entries:
             try:
-                if not entry.is_dir():
+                if entry.is_file():
                     yield entry.name, _file_state(entry.stat())
             except OSError as error:  # a link that leads nowhere, or where nobody may look: what reads it will say so
                 if error.errno not in (*NOT_THERE, errno.EACCES):
                     raise
 
 
+def _read(path: str, uri: str, most_bytes: int | None) -> tuple[bytes, State]:
+    with open(path, "rb", buffering=0, opener=_without_waiting) as file:
+        facts = os.fstat(file.fileno())
+        if not stat.S_ISREG(facts.st_mode):
+            raise OSError(NO_REGULAR_FILE, "No regular file", path)
+        if most_bytes is not None and facts.st_size > most_bytes:
+            raise TooLargeError(uri, most_bytes, _file_state(facts))
+        data = file.readall()
+        return data, _file_state(os.fstat(file.fileno()))  # after reading: a change meanwhile is seen
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Else to open a pipe would be to wait until somebody writes into it."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
 def _file_state(facts: os.stat_result) -> State:
     return State(facts.st_size, facts.st_mtime_ns % 2**64)  # of a time before 1970 too
 
 
-async def _get(file_system: Any, path: str) -> tuple[bytes, State]:
+async def _get(file_system: Any, path: str, uri: str, most_bytes: int | None) -> tuple[bytes, State]:
     bucket, key, _ = file_system.split_path(path)
     answer = await file_system._call_s3("get_object", Bucket=bucket, Key=key)
+    state = State(answer["ContentLength"], _of_etag(answer["ETag"]))
     try:
+        if most_bytes is not None and state.size > most_bytes:
+            raise TooLargeError(uri, most_bytes, state)
         data = await answer["Body"].read()
     finally:
         answer["Body"].close()
-    return data, State(len(data), _of_etag(answer["ETag"]))
+    return data, state._replace(size=len(data))
 
 
 def _of_etag(etag: str) -> int:

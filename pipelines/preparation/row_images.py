@@ -14,13 +14,15 @@ from pipelines import storage
 from pipelines.preparation.image_pins import ImagePins
 from pipelines.preparation.sources import PlanError, SourceTerms
 from pipelines.records import Row, RowError
-from pipelines.storage_states import NOT_THERE, ObjectFolder
+from pipelines.storage_states import NO_REGULAR_FILE, NOT_THERE, ObjectFolder, TooLargeError
 
 # Images of a chunk are fetched ahead of the one that is asked for: an object store answers in tens of milliseconds.
 _FETCH_THREADS = 16
 _FETCHED_AHEAD = 64  # rows
 # Of a thread. To hand rows over costs as much as to read a file; a disk does not gain by many threads, a store does.
 _ROWS_AT_ONCE, _ROWS_AT_ONCE_OF_DISK = 4, 16
+# Far above any image that is taken: 50 million pixels of four channels with 16 bits each, not compressed, are 400 MB.
+_MOST_BYTES = 2**29
 _SCHEME = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]*:/")
 
 Made = TypeVar("Made")
@@ -65,12 +67,16 @@ class ImageFolder:
         """The bytes of the file `image` of the folder.
 
         Raises:
-            RowError: path_not_allowed, image_missing or image_forbidden.
+            RowError: path_not_allowed, image_missing, image_not_a_file, image_forbidden or image_too_many_bytes.
             PlanError: it is not in the state that is pinned.
         """
         image = plain_path(image)
         try:
-            data, state = self._objects.read(image)
+            data, state = self._objects.read(image, _MOST_BYTES)
+        except TooLargeError as error:
+            if self._pins:
+                self._pins.check(self._root, image, error.state)
+            raise RowError("image_too_many_bytes", str(error)) from error
         except PermissionError as error:
             raise RowError("image_forbidden", f"{image!r}: may not be read below {self._objects.uri}") from error
         except OSError as error:
@@ -78,6 +84,9 @@ class ImageFolder:
                 raise
             if self._pins:
                 self._pins.check(self._root, image, None)
+            if error.errno == NO_REGULAR_FILE:
+                detail = f"{image!r}: a pipe, a socket or a device below {self._objects.uri}"
+                raise RowError("image_not_a_file", detail) from error
             raise RowError("image_missing", f"{image!r}: no such file below {self._objects.uri}") from error
         if self._pins:
             self._pins.check(self._root, image, state)
@@ -127,7 +136,7 @@ def check_path(image: str) -> None:
 
 
 def plain_path(image: str) -> str:
-    """`image` in its simplest form: what ./a.jpg and b//../a.jpg are on a disk they are in a bucket too.
+    """`image` in its simplest form: what ./a//b.jpg is on a disk it is in a bucket too.
 
     Raises:
         RowError: path_not_allowed.

@@ -104,6 +104,23 @@ def test_an_image_is_found_and_pinned_however_its_path_is_spelled(images: str, t
             do_chunk(ledger, maker, chunk)
 
 
+def test_an_image_of_too_many_bytes_is_quarantined_and_pinned(
+    images: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = storage.join(images, "images/0.jpg")
+    storage.write_bytes(large, bytes(5000))
+    monkeypatch.setattr("pipelines.preparation.row_images._MOST_BYTES", 4999)
+    write = {"sources": [{"path": str(tmp_path / "corpus.jsonl"), "image_root": images}], "max_quarantined_share": 0.5}
+    ledger, maker = begin(prepare_settings(tmp_path, **write))
+    receipt = do_chunk(ledger, maker, 0)
+    [bad] = receipt.quarantined
+    assert (receipt.written, bad.reason) == (3, "image_too_many_bytes")
+    assert bad.detail == f"{large}: 5,000 bytes; at most 4,999 may be read"
+    storage.write_bytes(large, bytes(6000))
+    with pytest.raises(PlanError, match=f"{large} has changed since the plan was made"):
+        do_chunk(ledger, maker, 0)
+
+
 def test_a_listing_of_many_pages_finds_what_single_reads_find(
     images: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from pipelines.preparation.sources import PlanError, source_terms
 from pipelines.records import RowError
 from pipelines.shards.receipts import account
 from tests.corpus import Row, bad_rows, encoded, row, write_corpus
+from tests.memory import peak_growth
 from tests.preparation import plan_terms
 
 
@@ -109,6 +113,26 @@ def test_path_without_a_file(tmp_path: Path, image: str) -> None:
     with pytest.raises(RowError) as raised:
         fetch_image(str(tmp_path), image)
     assert raised.value.reason == "image_missing"
+
+
+def test_a_file_without_an_end_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with socket.socket(socket.AF_UNIX) as listener, contextlib.chdir(tmp_path):
+        listener.bind("socket.jpg")  # a whole path may be too long for one
+    (tmp_path / "device.jpg").symlink_to("/dev/zero")
+    with (tmp_path / "large.jpg").open("wb") as file:
+        file.truncate(2**40)
+
+    def reasons() -> None:
+        for name, reason in (
+            *((f"{name}.jpg", "image_not_a_file") for name in ("pipe", "socket", "device")),
+            ("large.jpg", "image_too_many_bytes"),
+        ):
+            with pytest.raises(RowError) as raised:
+                fetch_image(str(tmp_path), name)
+            assert raised.value.reason == reason
+
+    assert peak_growth(reasons) < 20 * 2**20
 
 
 def test_file_names_with_dots_and_blanks(tmp_path: Path) -> None:
