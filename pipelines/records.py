@@ -13,6 +13,21 @@ class Message(TypedDict):
     content: str
 
 
+_LONGEST_DETAIL = 700  # characters
+_HEAD, _TAIL = 400, 200  # with what is said of the rest no longer than that, so that nothing is shortened twice
+
+
+def shortened(detail: str) -> str:
+    """`detail` without its middle where it is long: a row may hold a whole image where a path is due.
+
+    It stands in receipts, in the table of quarantined rows and in errors.
+    """
+    if len(detail) <= _LONGEST_DETAIL:
+        return detail
+    left_out = len(detail) - _HEAD - _TAIL
+    return f"{detail[:_HEAD]} ... ({left_out:,} characters left out) ... {detail[-_TAIL:]}"
+
+
 @dataclass(frozen=True)
 class Record:
     """A conversation about at most one image."""
@@ -46,13 +61,13 @@ class RowError(ValueError):
 
     Attributes:
         reason: one word for the table of reasons, such as `row_malformed`.
-        detail: what exactly is wrong, for a person.
+        detail: what exactly is wrong, for a person; shortened.
         id: the corpus's own id of the row, where it could be read.
     """
 
     def __init__(self, reason: str, detail: str, id: str = "") -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason, self.detail, self.id = reason, detail, id
+        self.reason, self.detail, self.id = reason, shortened(detail), id
+        super().__init__(f"{reason}: {self.detail}")
 
     def __reduce__(self) -> tuple[type[RowError], tuple[str, str, str]]:
         return type(self), (self.reason, self.detail, self.id)

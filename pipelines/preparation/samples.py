@@ -23,7 +23,7 @@ from pipelines.preparation.image_pins import ImagePins
 from pipelines.preparation.plan import Chunk, Terms, read_chunk
 from pipelines.preparation.row_images import ImageFolder, SourceFiles, with_images
 from pipelines.preparation.sources import row_key
-from pipelines.records import Record, Row, RowError
+from pipelines.records import Record, Row, RowError, shortened
 from pipelines.shards.images import ImageStore
 from pipelines.shards.schema import IGNORED_LABEL, SAMPLE_SCHEMA, image_column
 
@@ -209,4 +209,4 @@ def _table(samples: list[dict[str, Any]]) -> pa.Table:
 
 
 def _rejected(error: _Refusal, own_id: str) -> dict[str, Any]:
-    return {"id": own_id, "reason": error.reason, "detail": error.detail}
+    return {"id": own_id, "reason": error.reason, "detail": shortened(error.detail)}

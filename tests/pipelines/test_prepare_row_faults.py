@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from PIL import Image
 from flashsloth.collation import IGNORED_LABEL
 from pipelines.preparation.data_receipt import DataReceipt
 from pipelines.preparation.inspection import Inspector
+from pipelines.preparation.receipt_book import PublishError
 from pipelines.shards import ShardedDataset
-from pipelines.shards.receipts import QuarantinedRow
+from pipelines.shards.receipts import QuarantinedRow, Receipt
 from tests.corpus import encoded, picture, row, write_corpus, write_processor
 from tests.oversize import oversize
 from tests.preparation import begin, do_chunk, prepare_here, prepare_settings
@@ -122,6 +124,26 @@ def test_every_fault_is_quarantined_with_its_reason_and_place(tmp_path: Path, pa
     assert manifest.planned == 2 * len(faults) + 1 == manifest.written + manifest.quarantined
     dataset = ShardedDataset(settings.output)
     assert [dataset.read(n)["key"] for n in range(len(dataset))] == [f"corpus:{2 * n}" for n in range(len(faults) + 1)]
+
+
+def test_a_long_value_is_shortened_in_the_receipt_the_table_and_the_error(tmp_path: Path) -> None:
+    image = "/9j/" + "4AAQSkZJRgABAQAA" * 20_000
+    many = [{"from": ("human", "gpt")[n % 2], "value": "text"} for n in range(1000)]
+    good = row(0, conversations=turns("<image>Q", "A"))
+    rows = [good | {"image": image}, row(3, conversations=[*turns("Q"), {"from": image, "value": "A"}])]
+    write_corpus(tmp_path, [good, *rows, good | {"conversations": [*good["conversations"], *many]}])
+    write_processor(tmp_path)
+    settings = prepare_settings(tmp_path, layout="caption", max_quarantined_share=0.7)
+    with pytest.raises(PublishError) as raised:
+        prepare_here(settings)
+    assert len(str(raised.value)) < 1500
+    [receipt] = (tmp_path / "out" / "receipts").iterdir()
+    quarantined = Receipt.model_validate_json(receipt.read_bytes()).quarantined
+    assert [each.reason for each in quarantined] == ["path_not_allowed", "row_malformed", "role_order"]
+    for each in quarantined:
+        assert len(each.detail) <= 700 and len(re.findall(r" \([\d,]+ characters left out\) ", each.detail)) == 1
+    assert quarantined[0].detail.startswith("'/9j/4AAQ")
+    assert quarantined[0].detail.endswith("': an image is a path below the source's image_root")
 
 
 def test_a_gif_is_its_first_frame_where_the_source_takes_gifs(tmp_path: Path) -> None:
