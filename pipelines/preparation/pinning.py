@@ -23,6 +23,8 @@ from pipelines.records import RowError
 from pipelines.storage_states import ObjectFolder
 
 _ROWS_AT_ONCE = 20_000  # parsed and held by a task: tens of megabytes
+_ROWS_AT_ONCE_OF_IMAGES = 500  # likewise, where a row may bring its image
+_MAY_HOLD_IMAGES = ("parquet", "messages")  # formats whose rows name an image or bring it
 _WITH_THEIR_IMAGES = ("webdataset",)  # formats whose rows name no image
 _LISTED_AT_ONCE = 10_000  # objects of a folder, which may have many that no row names
 _FOLDERS_AT_ONCE = 64
@@ -70,7 +72,9 @@ def stretches(sources: Sequence[SourceTerms], chunks: Sequence[Chunk]) -> list[C
     runs: list[Chunk] = []
     for chunk in naming:
         last = runs[-1] if runs else None
-        if last and last.source == chunk.source and last.rows + chunk.rows <= _ROWS_AT_ONCE:
+        may_hold_images = sources[chunk.source].format in _MAY_HOLD_IMAGES
+        most = _ROWS_AT_ONCE_OF_IMAGES if may_hold_images else _ROWS_AT_ONCE
+        if last and last.source == chunk.source and last.rows + chunk.rows <= most:
             runs[-1] = last.model_copy(update={"stop": chunk.stop, "rows": last.rows + chunk.rows})
         else:
             runs.append(chunk)
@@ -138,7 +142,7 @@ def list_images(root: str, place: str, names: np.ndarray, folders: Sequence[str]
     Args:
         root: as the source has it.
         place: where this process finds it.
-        names: uint64[N], of the whole root.
+        names: uint64[N], of the whole root, sorted.
         folders: of it.
     """
     images = ObjectFolder(place)
@@ -163,7 +167,9 @@ def _look(images: ObjectFolder, root: str, names: np.ndarray, folder: str) -> np
         while some := list(islice(states, _LISTED_AT_ONCE)):
             rows = [(image_hash(root, posixpath.join(folder, name)), *state) for name, state in some]
             table = np.array(rows, np.uint64)
-            found.append(table[np.isin(table[:, 0], names)])
+            # `np.isin` would sort all names anew for each folder.
+            nearest = names.take(np.searchsorted(names, table[:, 0]), mode="clip")
+            found.append(table[nearest == table[:, 0]])
     except PermissionError:
         return None
     return np.concatenate(found)

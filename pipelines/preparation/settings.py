@@ -94,8 +94,9 @@ class PrepareSettings(JobSettings):
     a request when it is written and one whenever it is read: worth it where about a third of the rows repeat one."""
     pin_images: bool = True
     """Find out, when the plan is made, in what state every image is that rows name by its path, and end with an error
-    where one is read in another. While planning, costs 0.04 ms of a CPU per row, and per thousand images of an object
-    store a request; 24 bytes an image are kept. Off, an image is what it is when it is read."""
+    where one is read in another. While planning, costs 0.04 ms of a CPU per row, and of an object store a request for
+    each folder that rows name, with one more for every further thousand objects in it; 24 bytes an image are kept. Off,
+    an image is what it is when it is read."""
     max_length: int | None = Field(default=None, gt=0)
     """Rows of more tokens are quarantined; default: the processor's."""
     chunk_rows: int | None = Field(default=None, gt=0)

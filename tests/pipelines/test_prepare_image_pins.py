@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ import pytest
 from jobs.prepare import main
 from pipelines import storage, storage_states
 from pipelines.preparation.image_pins import ImagePins, image_hash
-from pipelines.preparation.pinning import find_pins, named_images, stretches
-from pipelines.preparation.plan import index_files, load_plan
+from pipelines.preparation.pinning import find_pins, list_images, named_images, stretches
+from pipelines.preparation.plan import Chunk, index_files, load_plan
 from pipelines.preparation.row_images import SourceFiles
 from pipelines.preparation.settings import SourceSettings
 from pipelines.preparation.sources import PlanError, source_terms
@@ -180,6 +181,31 @@ def test_rows_are_read_in_runs_larger_than_chunks(tmp_path: Path, monkeypatch: p
         assert set(named_images(terms[run.source], terms[run.source].path, run).names.tolist()) == expected
     bare = [term.model_copy(update={"image_root": None}) for term in terms]
     assert find_pins(bare, [SourceFiles(term.path, None) for term in terms], chunks) is None
+
+
+@pytest.mark.parametrize("format", ["parquet", "messages"])
+def test_rows_that_may_bring_their_images_are_read_in_short_runs(tmp_path: Path, format: str) -> None:
+    path = write_corpus(tmp_path, 1)
+    terms = source_terms([SourceSettings(path=str(path), format=format, image_root=str(tmp_path))])
+    chunks = [Chunk(source=0, start=n, stop=n + 200, first_row=n, rows=200, first_line=1) for n in range(0, 2000, 200)]
+    assert [run.rows for run in stretches(terms, chunks)] == [400] * 5
+
+
+def test_a_folder_costs_the_same_however_many_images_are_named(tmp_path: Path) -> None:
+    folders = [f"{number}" for number in range(20)]
+    for folder in folders:
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "0.jpg").write_bytes(b"x")
+    mine = [image_hash(str(tmp_path), f"{folder}/0.jpg") for folder in folders]
+    seconds = []
+    for count in (1_000, 300_000):
+        others = np.random.default_rng(0).integers(0, 2**63, count, np.uint64)
+        names = np.unique(np.concatenate([others, np.array(mine, np.uint64)]))
+        start = time.process_time()
+        listed = list_images(str(tmp_path), str(tmp_path), names, folders)
+        seconds.append(time.process_time() - start)
+        assert sorted(listed.states[:, 0].tolist()) == sorted(mine)
+    assert seconds[1] < 10 * seconds[0]
 
 
 def test_two_images_with_one_hash_are_not_pinned() -> None:
