@@ -13,6 +13,7 @@ the beginning of the training sample.
 
 import base64
 import binascii
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -111,7 +112,7 @@ def caption_pieces(messages: Sequence[Message], has_image: bool) -> list[Piece]:
             "role_order", f"the caption layout takes one user and one assistant message, not {_roles(messages)}"
         )
     caption = messages[1]["content"]
-    if not caption.strip():
+    if _is_blank(caption):
         raise ConversationError("empty_answer", "the caption is empty")
     if not has_image:
         raise ConversationError("caption_without_image", "the caption layout needs an image; use the chat layout")
@@ -172,9 +173,14 @@ def _check_turns(messages: Sequence[Message]) -> None:
                     "not the conversation's: say it in the first question"
                 )
             raise ConversationError("role_order", f"message {index} is {message['role']!r}, not {expected!r}{remedy}")
-        if not message["content"].strip():
+        if _is_blank(message["content"]):
             reason = "empty_question" if expected == "user" else "empty_answer"
             raise ConversationError(reason, f"message {index} ({expected}) has no text")
+
+
+def _is_blank(text: str) -> bool:
+    """Whether nothing of `text` can be seen: blanks, line ends, and format characters such as U+200B and U+FEFF."""
+    return all(character.isspace() or unicodedata.category(character) == "Cf" for character in text)
 
 
 def _check_messages(messages: Sequence[Message]) -> None:

@@ -72,7 +72,7 @@ def _record(name: str, parts: list[tuple[str, bytes]]) -> Record:
 def _caption(row: dict[str, object], held: dict[str, bytes], own_id: str) -> list[Message]:
     caption = row.get("caption")
     try:
-        caption = held["txt"].decode() if "txt" in held else caption
+        caption = held["txt"].decode("utf-8-sig") if "txt" in held else caption
     except UnicodeDecodeError as error:
         raise RowError("row_malformed", f"the txt is not UTF-8: {error.reason} at {error.start}", own_id) from error
     if not isinstance(caption, str):

@@ -80,6 +80,7 @@ def test_caption_throws_the_instruction_away():
         ([{"role": "human", "content": "a"}], "role_order"),
         ([user("  \n")], "empty_question"),
         ([user("a"), assistant(" ")], "empty_answer"),
+        ([user("a"), assistant("\u200b\ufeff \u2060\u200d")], "empty_answer"),
         ([{"content": "a"}], "malformed_message"),
         ([{"role": "user", "content": None}], "malformed_message"),
     ],
@@ -103,6 +104,7 @@ def test_a_system_message_is_refused_with_the_remedy():
         ([user("a")], True, "role_order"),
         ([user("a"), assistant("b"), user("c"), assistant("d")], True, "role_order"),
         ([user("a"), assistant("")], True, "empty_answer"),
+        ([user("a"), assistant("\u200b\n")], True, "empty_answer"),
         ([user("a"), assistant("b")], False, "caption_without_image"),
     ],
 )

@@ -48,7 +48,7 @@ def test_captions_messages_and_text_alone(tmp_path: Path) -> None:
         tmp_path / "0.tar",
         {
             "0.jpg": b"0",
-            "0.txt": b"a red square\n",
+            "0.txt": b"\xef\xbb\xbfa red square\n",
             "1.png": b"1",
             "1.json": {"caption": "a bar", "key": "1", "image": "http://elsewhere/1.png"},
             "2.webp": b"2",
