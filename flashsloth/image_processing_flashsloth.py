@@ -203,8 +203,15 @@ _TURNS = {
 
 def _upright(image: Image.Image) -> Image.Image:
     # `ImageOps.exif_transpose` also writes the EXIF block anew, and fails on good pictures whose other tags are odd.
-    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    turn = _TURNS.get(_orientation(image))
     return image if turn is None else image.transpose(turn)
+
+
+def _orientation(image: Image.Image) -> Any:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # of a block that cannot be read, by its format anything; Pillow's JPEG takes it for none as well
+        return None
 
 
 def _open_header(data: bytes, formats: Sequence[str]) -> Image.Image:

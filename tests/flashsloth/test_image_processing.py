@@ -220,6 +220,18 @@ def test_all_orientations_turn_as_pillow_turns_them(orientation):
     assert np.array_equal(np.asarray(decode_image(data)), np.asarray(expected))
 
 
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize(
+    "block", [b"garbage" * 3, b"", b"II*\0", b"II*\0\xff\xff\xff\x7f", b"II*\0\x08\0\0\0\x10\0\x12\x01"]
+)
+def test_an_exif_block_that_cannot_be_read_is_none(image_format, block):
+    options = {"lossless": True} if image_format == "WEBP" else {}
+    image = noise()
+    with warnings.catch_warnings(action="ignore"):
+        broken = decode_image(encoded(image, image_format, exif=b"Exif\0\0" + block, **options))
+    assert np.array_equal(broken, decode_image(encoded(image, image_format, **options)))
+
+
 def test_an_odd_exif_block_does_not_cost_the_picture():
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, "a bus"
