@@ -14,26 +14,28 @@ from pipelines import storage
 from pipelines.encode import EncoderFacts, encoder_facts
 from pipelines.preparation.chain import run_chunks
 from pipelines.preparation.code import code_identity, library_versions
-from pipelines.preparation.data_receipt import LastRun
+from pipelines.preparation.data_receipt import RECEIPT_JSON, LastRun
 from pipelines.preparation.estimate import estimate_bytes, image_bytes
 from pipelines.preparation.image_pins import ImagePins
 from pipelines.preparation.indexing import pin_images, plan_chunks
-from pipelines.preparation.ledger import Ledger
-from pipelines.preparation.plan import Plan, Terms, check_terms, load_plan
+from pipelines.preparation.ledger import QUARANTINE_NAME, Ledger
+from pipelines.preparation.plan import PLAN_NAME, Plan, Terms, check_terms, load_plan
 from pipelines.preparation.processor import load_processor
 from pipelines.preparation.row_images import SourceFiles, source_files
 from pipelines.preparation.settings import CONFIG_NAME, PrepareSettings
-from pipelines.preparation.sources import PlanError, source_terms
+from pipelines.preparation.sources import PlanError, check_output, source_terms
 from pipelines.preparation.work_loop import work_off
 from pipelines.ray_session import start_ray
 from pipelines.settings import dump_settings
 from pipelines.shards.manifest import MANIFEST_NAME, Manifest
-from pipelines.shards.receipts import Receipt
+from pipelines.shards.receipts import Receipt, receipt_name
 
 # A worker holds a chunk twice (samples, shard). Larger ones leave workers idle at the end, while the last is done;
 # smaller ones cost the driver, which spends about 25 ms on each.
 _BYTES_PER_CHUNK = 50_000_000
 _ROWS_PER_CHUNK = 500  # of encoded images: about 75 MB
+# Below the output, by names that a pattern of corpora could match.
+_WRITTEN = (PLAN_NAME, CONFIG_NAME, MANIFEST_NAME, QUARANTINE_NAME, RECEIPT_JSON, receipt_name(0))
 
 
 def prepare(settings: PrepareSettings) -> Manifest | None:
@@ -85,7 +87,11 @@ def make_plan(terms: Terms, files: Sequence[SourceFiles]) -> tuple[Plan, ImagePi
 
 
 def make_terms(settings: PrepareSettings, processor: FlashSlothProcessor) -> Terms:
-    """What decides the bytes of the dataset, read from `settings` and the files that they name."""
+    """What decides the bytes of the dataset, read from `settings` and the files that they name.
+
+    Raises: as `source_terms`; PlanError: a source's pattern matches what is written, or the tower does not fit.
+    """
+    check_output(settings.sources, settings.output, _WRITTEN)
     tower = encoder_facts(settings.encoder.path) if settings.encoder else None
     shape = _image_shape(settings, processor, tower)
     dtype = settings.encoder.dtype if settings.encoder else "uint8" if settings.payload == "pixels" else None

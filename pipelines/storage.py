@@ -180,7 +180,7 @@ def match(pattern: str) -> dict[str, str]:
     fixed = path[: min(path.find(sign) for sign in "*?" if sign in path)].rpartition("/")[0]
     prefix = "" if isinstance(file_system, LocalFileSystem) else pattern[: pattern.index("://") + 3]
     with naming(pattern):
-        found = file_system.glob(path, detail=True)
+        found = file_system.glob(path.replace("[", "[[]"), detail=True)  # of glob's signs, * and ? alone are ours
     files = sorted(name for name, facts in found.items() if facts["type"] == "file")
     return {name.removeprefix(fixed).lstrip("/"): prefix + name for name in files}
 

@@ -9,7 +9,10 @@ from pipelines.annotation import parts, questions
 from pipelines.annotation.settings import AnnotateSettings, PartFormat
 from pipelines.preparation.code import code_identity
 from pipelines.preparation.plan import PLAN_NAME, CorpusPlan, SourcedTerms
-from pipelines.preparation.sources import source_terms
+from pipelines.preparation.settings import CONFIG_NAME
+from pipelines.preparation.sources import check_output, source_terms
+from pipelines.shards.manifest import MANIFEST_NAME
+from pipelines.shards.receipts import receipt_name
 
 
 class AnnotationTerms(SourcedTerms):
@@ -36,7 +39,12 @@ class AnnotationPlan(CorpusPlan):
 
 
 def make_terms(settings: AnnotateSettings, model: str) -> AnnotationTerms:
-    """The terms of `settings`, with the fingerprints of the files that they name."""
+    """The terms of `settings`, with the fingerprints of the files that they name.
+
+    Raises: as `source_terms`; PlanError: a source's pattern matches what is written.
+    """
+    written = (PLAN_NAME, CONFIG_NAME, MANIFEST_NAME, receipt_name(0), parts.part_name("any", 0, settings.format))
+    check_output(settings.sources, settings.output, written)
     own = "".join(inspect.getsource(module) for module in (parts, questions))
     same = AnnotationTerms.model_fields.keys() - {"sources", "model", "code"}
     return AnnotationTerms(

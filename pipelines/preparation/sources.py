@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 
+from fsspec.utils import glob_translate
 from pydantic import BaseModel, ConfigDict
 
 from pipelines import storage
@@ -55,6 +57,23 @@ def source_terms(sources: Sequence[SourceSettings]) -> list[SourceTerms]:
             raise PlanError(f"source '{source.name}': {path} belongs to source '{other}' too; list each file once")
     with ThreadPoolExecutor(_THREADS) as threads:
         return list(threads.map(_file_terms, named))
+
+
+def check_output(sources: Sequence[SourceSettings], output: str, written: Sequence[str]) -> None:
+    """Raise PlanError where a source's pattern matches an object that is `written` below `output`.
+
+    The next run would take it for a part of the corpus.
+    """
+    for source in sources:
+        if not storage.is_pattern(source.path):
+            continue
+        signs = re.compile(glob_translate(_place(source.path).replace("[", "[[]")))
+        taken = next((name for name in written if signs.match(_place(storage.join(output, name)))), None)
+        if taken is not None:
+            raise PlanError(
+                f"source '{source.name}': {source.path} matches {storage.join(output, taken)}, which will be written "
+                "there: choose another output, or a pattern that does not match it"
+            )
 
 
 def check_unchanged(source: SourceTerms, path: str) -> None:

@@ -127,6 +127,15 @@ def test_empty_corpus_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_corpus_whose_pattern_matches_the_output_is_refused_before_anything_is_written(corpus: Path) -> None:
+    before = sorted(corpus.rglob("*"))
+    source = {"path": f"{corpus}/*.json*", "name": "mix", "image_root": str(corpus)}
+    with pytest.raises(PlanError, match=rf"source 'mix': .* matches {corpus}/plan\.json, which will be written there"):
+        prepare_here(prepare_settings(corpus, sources=[source], output=str(corpus)))
+    assert sorted(corpus.rglob("*")) == before
+    assert prepare_here(prepare_settings(corpus, sources=[source])).written == NUM_ROWS
+
+
 @pytest.mark.s3
 def test_closed_bucket_is_named(corpus: Path, s3: S3, tmp_path: Path) -> None:
     """The server itself says no, to a credential that it knows and the bucket does not."""

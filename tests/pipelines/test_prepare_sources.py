@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipelines import corpora
+from pipelines import corpora, prepare
+from pipelines.annotation.plan import make_terms
 from pipelines.preparation import plan
 from pipelines.preparation.code import code_files, code_identity
 from pipelines.preparation.plan import Chunk, check_rows, check_terms, index_files, read_chunk, scans
 from pipelines.preparation.processor import load_processor
 from pipelines.preparation.settings import PrepareSettings, SourceSettings
-from pipelines.preparation.sources import PlanError, SourceTerms, source_terms
-from pipelines.prepare import make_terms
+from pipelines.preparation.sources import PlanError, SourceTerms, check_output, source_terms
+from tests.annotation import annotate_settings
 from tests.corpus import write_corpus, write_processor
 from tests.preparation import begin, prepare_settings
 
@@ -135,6 +137,34 @@ def test_an_object_that_two_sources_spell_differently_is_named() -> None:
         source_terms(sources)
 
 
+def test_a_pattern_that_matches_what_is_written_is_named(tmp_path: Path) -> None:
+    def check(pattern: str, output: str) -> None:
+        write = ("manifest.json", "receipts/00000000.json", "quarantine.parquet")
+        check_output([SourceSettings(path=pattern, name="mix")], output, write)
+
+    out = f"{tmp_path}/out"
+    for pattern, taken in (
+        (f"{out}/*.json", "manifest.json"),
+        (f"{out}/*", "manifest.json"),
+        (f"file://{out}/*.parquet", "quarantine.parquet"),
+        (f"{tmp_path}/**/*.json", "manifest.json"),
+        (f"{tmp_path}/*/*/0*.json", "receipts/00000000.json"),
+    ):
+        message = re.escape(f"source 'mix': {pattern} matches {out}/{taken}, which will be written there")
+        with pytest.raises(PlanError, match=message):
+            check(pattern, out)
+    with pytest.raises(PlanError, match=r"matches s3://bucket/data/manifest\.json"):
+        check("s3a://bucket/data/*.json", "s3://bucket/data")
+    for pattern in (f"{out}/*.jsonl", f"{tmp_path}/*.json", f"{tmp_path}/other/*.json", f"{out}/[m]*.json"):
+        check(pattern, out)
+
+
+def test_the_parts_of_an_annotation_are_no_corpus_of_its_own(tmp_path: Path) -> None:
+    source = {"path": f"{tmp_path}/**/*.jsonl", "name": "mix"}
+    with pytest.raises(PlanError, match=rf"source 'mix': .* matches {tmp_path}/out/parts/any/00000000\.jsonl, which"):
+        make_terms(annotate_settings(tmp_path, sources=[source], format="jsonl"), "model")
+
+
 def recipe(*sources: dict[str, Any]) -> PrepareSettings:
     return PrepareSettings(sources=list(sources), output="out", processor="p")
 
@@ -183,6 +213,6 @@ def test_a_run_with_another_library_goes_on_with_no_folder(tmp_path: Path, monke
     settings = prepare_settings(tmp_path)
     planned = begin(settings)[0].plan.terms
     monkeypatch.setattr("pipelines.preparation.code.version", lambda name: "0.1")
-    now = make_terms(settings, load_processor(settings))
+    now = prepare.make_terms(settings, load_processor(settings))
     with pytest.raises(PlanError, match=r"libraries\.pillow: was '[\d.]+', now '0\.1'; libraries\.tokenizers: was"):
         check_terms(settings.output, planned, now)

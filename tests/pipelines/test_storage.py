@@ -148,6 +148,9 @@ def test_patterns_match_files_in_the_order_of_their_names(place: str) -> None:
     assert storage.match(f"{root}/?/?.tar") == {name: f"{root}/{name}" for name in ("b/1.tar", "b/2.tar")}
     assert storage.match(f"{root}/**/*.tar").keys() == {"4.tar", "b/1.tar", "b/2.tar", "b/c/3.tar"}
     assert storage.match(f"{root}/b*") == {}  # a folder is no file
+    storage.write_bytes(f"{root}/d[1]/5.tar", b"x")
+    storage.write_bytes(f"{root}/d1/6.tar", b"x")
+    assert storage.match(f"{root}/d[1]/*.tar") == {"5.tar": f"{root}/d[1]/5.tar"}  # no set of letters
     assert storage.match(f"{root}/nowhere/*") == {}
     assert storage.read_bytes(storage.match(f"{root}/?.tar")["4.tar"]) == b"x"
 
