@@ -257,7 +257,8 @@ def check_rows(sources: Sequence[SourceTerms], chunks: Sequence[Chunk]) -> None:
     held = {sources[chunk.source].corpus for chunk in chunks}
     empty = next((source for source in sources if source.corpus not in held), None)
     if empty is not None:
-        raise PlanError(f"source '{empty.corpus}': {empty.path} holds no rows")
+        thinned = f", or too few for its weight of {empty.weight:g}" if empty.weight < 1 else ""
+        raise PlanError(f"source '{empty.corpus}': {empty.path} holds no rows{thinned}")
 
 
 class _Counted:

@@ -189,6 +189,8 @@ def test_a_source_without_rows_is_named(tmp_path: Path) -> None:
     good, empty = write(tmp_path, "a.jsonl", 2), write(tmp_path, "b.jsonl", 0)
     with pytest.raises(PlanError, match=rf"source 'b': {empty} holds no rows"):
         plan_of(SourceSettings(path=str(good)), SourceSettings(path=str(empty)))
+    with pytest.raises(PlanError, match=rf"source 'a': {good} holds no rows, or too few for its weight of 0\.0001"):
+        plan_of(SourceSettings(path=str(good), weight=0.0001))
     terms, chunks = plan_of(SourceSettings(path=f"{tmp_path}/*.jsonl", name="mix"))  # one of its files may be empty
     assert len(ids(terms, chunks)) == 2
 
