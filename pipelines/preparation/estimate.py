@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import islice
 
 import numpy as np
 
 from pipelines.preparation.plan import Chunk, Plan, read_chunk
-from pipelines.preparation.row_images import SourceFiles, fetch_image
+from pipelines.preparation.row_images import SourceFiles, fetch_image, row_image
 from pipelines.records import Record, RowError
 
 _CHUNKS = 20
@@ -32,6 +33,9 @@ def estimate_bytes(plan: Plan, files: Sequence[SourceFiles]) -> int:
     """About how many bytes the shards of `plan` will have, by the rows of up to twenty of its chunks.
 
     What rows share is counted for each of them. `files` says where each source lies.
+
+    Raises:
+        PlanError: a row names its image, and its source has no image_root.
     """
     step = math.ceil(len(plan.chunks) / _CHUNKS)
     looked_at = plan.chunks[::step]
@@ -40,7 +44,12 @@ def estimate_bytes(plan: Plan, files: Sequence[SourceFiles]) -> int:
 
 
 def _chunk_bytes(plan: Plan, chunk: Chunk, files: SourceFiles) -> float:
-    rows = read_chunk(plan.terms.sources[chunk.source], files.path, chunk)
+    source = plan.terms.sources[chunk.source]
+    rows = read_chunk(source, files.path, chunk)
+    if files.image_root is None:
+        for row in rows:
+            with suppress(RowError):  # it will go to the quarantine
+                row_image(row, None, source.name)
     records = [row.content for row in rows if isinstance(row.content, Record)]
     text = sum(len(message["content"]) for record in records for message in record.messages)
     images = [record.image for record in records if record.image is not None]

@@ -107,7 +107,7 @@ def with_images(
 
     def do(row: Row) -> Made:
         try:
-            image = _image(row, images, source)
+            image = row_image(row, images, source)
         except RowError as error:
             return make(row, error)
         return make(row, image)
@@ -129,6 +129,22 @@ def with_images(
             threads.shutdown(wait=False, cancel_futures=True)
 
 
+def row_image(row: Row, images: ImageFolder | None, source: str) -> bytes | None:
+    """The image of `row`, a row of `source`, as received; None where it has none.
+
+    Raises:
+        RowError: as `ImageFolder.read`.
+        PlanError: it names its image, and `images` is None; or as `ImageFolder.read`.
+    """
+    image = None if isinstance(row.content, RowError) else row.content.image
+    if not isinstance(image, str):
+        return image
+    check_path(image)
+    if images is None:
+        raise PlanError(f"source '{source}': {row.location} has an image, but the source has no image_root: set it")
+    return images.read(image)
+
+
 def check_path(image: str) -> None:
     """Raise RowError path_not_allowed unless `image` is a path that stays below the folder it is joined to."""
     if image.startswith(("/", "\\")) or _SCHEME.match(image) or ".." in re.split(r"[/\\]", image):
@@ -148,13 +164,3 @@ def plain_path(image: str) -> str:
 def fetch_image(place: str, image: str) -> bytes:
     """The bytes of the file `image` below `place`. Raises: as `ImageFolder.read`."""
     return ImageFolder(place).read(image)
-
-
-def _image(row: Row, images: ImageFolder | None, source: str) -> bytes | None:
-    image = None if isinstance(row.content, RowError) else row.content.image
-    if not isinstance(image, str):
-        return image
-    check_path(image)
-    if images is None:
-        raise PlanError(f"source '{source}': {row.location} has an image, but the source has no image_root: set it")
-    return images.read(image)

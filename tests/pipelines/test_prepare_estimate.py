@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from pipelines.preparation.estimate import estimate_bytes, image_bytes
+from pipelines.preparation.sources import PlanError
 from tests.corpus import row, write_corpus, write_processor
 from tests.preparation import begin, prepare_here, prepare_settings
 
@@ -34,6 +35,20 @@ def test_estimate_is_near_what_is_written(tmp_path: Path, tiny_checkpoint: Path,
     estimate = estimate_bytes(ledger.plan, maker.files)
     written = sum(shard.bytes for shard in prepare_here(settings).shards)
     assert estimate == pytest.approx(written, rel=0.3)
+
+
+def test_rows_that_name_images_need_a_root_in_a_dry_run_too(tmp_path: Path) -> None:
+    write_corpus(tmp_path, 8)
+    write_processor(tmp_path)
+    source = {"path": str(tmp_path / "corpus.jsonl")}
+    ledger, maker = begin(prepare_settings(tmp_path, sources=[source]))
+    with pytest.raises(
+        PlanError, match=r"source 'corpus': .*corpus\.jsonl:1 has an image, but .* no image_root: set it"
+    ):
+        estimate_bytes(ledger.plan, maker.files)
+    write_corpus(tmp_path, [row(3), row(0, image="http://host/a.jpg")])  # which no root would help
+    ledger, maker = begin(prepare_settings(tmp_path, sources=[source], output=str(tmp_path / "other")))
+    assert estimate_bytes(ledger.plan, maker.files) > 0
 
 
 def test_a_picture_takes_what_the_documents_say() -> None:
