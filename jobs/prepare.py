@@ -12,6 +12,8 @@ Killed and run again, it goes on where it was; run on a finished folder, it says
 from __future__ import annotations
 
 import argparse
+import os
+import re
 import sys
 from collections.abc import Callable, Iterable
 
@@ -68,7 +70,11 @@ def _inspect(arguments: argparse.Namespace) -> int:
         shown = [inspector.row(arguments.key)]
     elif arguments.quarantined:
         shown = inspector.quarantined()
-    print(*shown, sep="\n\n")
+    try:
+        for number, text in enumerate(shown):
+            print("\n" * (number > 0) + _CONTROL.sub(lambda found: repr(found[0])[1:-1], text), flush=True)
+    except BrokenPipeError:  # whoever reads has seen enough, such as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python says so once more when it ends
     return 0
 
 
@@ -106,10 +112,18 @@ def _parser() -> argparse.ArgumentParser:
     gc = commands.add_parser("gc", parents=[folder], help=text, description=text)
     gc.add_argument("--dry-run", action="store_true", help="say what would be removed, and remove nothing")
     unfinished = "only what was written HOURS ago or earlier; lets a folder be collected that is not finished"
-    gc.add_argument("--older-than", type=float, metavar="HOURS", help=unfinished)
+    gc.add_argument("--older-than", type=_hours, metavar="HOURS", help=unfinished)
     return parser
 
 
+def _hours(text: str) -> float:
+    hours = float(text)
+    if not hours >= 0:  # nor is "nan"
+        raise argparse.ArgumentTypeError(f"{text} hours is no age: give 0 or more")
+    return hours
+
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a corpus may hold what a terminal takes for a command
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {"verify": _verify, "inspect": _inspect, "gc": _gc}
 
 

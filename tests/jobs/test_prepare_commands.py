@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -120,6 +122,38 @@ def test_inspect_shows_the_first_rows_and_the_quarantine(finished: Path, capsys:
 def test_inspect_of_an_unknown_key(finished: Path, capsys: pytest.CaptureFixture[str], key: str) -> None:
     assert main(["inspect", str(finished), f"--key={key}"]) == (1 if key else 0)
     assert not key or f"no row has the key '{key}'" in capsys.readouterr().err
+
+
+def test_inspect_hands_no_command_of_a_corpus_to_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    turns = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "\x1b[2J\x9b31m\rred\tand\ngreen"}]
+    write_corpus(tmp_path, [row(3, id="\x1b]0;title\x07", conversations=turns)])
+    write_processor(tmp_path)
+    prepare_here(prepare_settings(tmp_path))
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    assert r"(id \x1b]0;title\x07, source corpus)" in out
+    assert "  assistant \\x1b[2J\\x9b31m\\rred\tand\n            green" in out
+    assert not set(out) & {"\x1b", "\x9b", "\r", "\x07"}
+
+
+def test_inspect_ends_quietly_where_nobody_reads_on(finished: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "jobs/prepare.py", "inspect", str(finished)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("hours", ["-1", "nan"])
+def test_gc_takes_no_age_below_zero(finished: Path, capsys: pytest.CaptureFixture[str], hours: str) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["gc", str(finished), f"--older-than={hours}"])
+    assert stopped.value.code == 2
+    assert f"{hours} hours is no age: give 0 or more" in capsys.readouterr().err
 
 
 def test_inspect_without_the_processor_says_so(changeable: Path, capsys: pytest.CaptureFixture[str]) -> None:
