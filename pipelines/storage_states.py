@@ -21,7 +21,7 @@ from pipelines import storage
 from pipelines.storage_faults import StorageError, naming, whole_body
 
 NO_REGULAR_FILE = errno.ENXIO
-"""What errors say of a pipe, a socket or a device; of the last two the system itself says it."""
+"""What errors say of a socket or a device."""
 NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, NO_REGULAR_FILE)
 """What errors say of a name that stands for no object: a folder, a link in a circle, more letters than names have."""
 _PAGE = 1000  # the most that S3 lists in one answer
@@ -75,7 +75,7 @@ class ObjectFolder:
 
         Raises:
             TooLargeError: it has more than `most_bytes`. Nothing of it is read. Only where the folder tells states.
-            OSError: as `storage.read_bytes`; NO_REGULAR_FILE: a pipe, which would never end, a socket or a device.
+            OSError: as `storage.read_bytes`; NO_REGULAR_FILE: a device, which would never end, or a socket.
             StorageError: the store kept failing.
         """
         path, uri = f"{self._path}/{name}", storage.join(self.uri, name)
@@ -134,19 +134,14 @@ def _scan(path: str) -> Iterator[tuple[str, State]]:
 
 
 def _read(path: str, uri: str, most_bytes: int | None) -> tuple[bytes, State]:
-    with open(path, "rb", buffering=0, opener=_without_waiting) as file:
+    with open(path, "rb", buffering=0) as file:
         facts = os.fstat(file.fileno())
-        if not stat.S_ISREG(facts.st_mode):
+        if not (stat.S_ISREG(facts.st_mode) or stat.S_ISFIFO(facts.st_mode)):  # a pipe ends when its writer does
             raise OSError(NO_REGULAR_FILE, "No regular file", path)
         if most_bytes is not None and facts.st_size > most_bytes:
             raise TooLargeError(uri, most_bytes, _file_state(facts))
         data = file.readall()
         return data, _file_state(os.fstat(file.fileno()))  # after reading: a change meanwhile is seen
-
-
-def _without_waiting(path: str, flags: int) -> int:
-    """Else to open a pipe would be to wait until somebody writes into it."""
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _file_state(facts: os.stat_result) -> State:

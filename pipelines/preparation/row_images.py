@@ -85,7 +85,7 @@ class ImageFolder:
             if self._pins:
                 self._pins.check(self._root, image, None)
             if error.errno == NO_REGULAR_FILE:
-                detail = f"{image!r}: a pipe, a socket or a device below {self._objects.uri}"
+                detail = f"{image!r}: a socket or a device below {self._objects.uri}"
                 raise RowError("image_not_a_file", detail) from error
             raise RowError("image_missing", f"{image!r}: no such file below {self._objects.uri}") from error
         if self._pins:
