@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -55,7 +56,7 @@ class Ledger(ReceiptBook[Plan, Receipt]):
         """
         self.check_share()
         self._account()
-        manifest = self._manifest()
+        manifest = manifest_of(self.plan, list(self.ordered()), _write_quarantine(self.output, self._quarantined()))
         shared = ImageStore(self.output).total() if self.plan.terms.share_images else (0, 0)
         write_data_receipt(self.output, gather(self.plan, list(self.ordered()), manifest, run, shared))
         self.put_manifest(manifest.to_json())
@@ -74,27 +75,30 @@ class Ledger(ReceiptBook[Plan, Receipt]):
                     f"{len(receipt.quarantined)} quarantined"
                 )
 
-    def _manifest(self) -> Manifest:
-        terms, receipts = self.plan.terms, list(self.ordered())
-        return Manifest(
-            plan=self.plan_identity,
-            payload=terms.payload,
-            layout=terms.layout,
-            max_length=terms.max_length,
-            tiling=terms.tiling,
-            num_image_tokens=terms.num_image_tokens,
-            image_shape=terms.image_shape,
-            image_dtype=terms.image_dtype,
-            processor_identity=terms.processor_identity,
-            encoder_identity=terms.encoder_identity,
-            schema=describe(SAMPLE_SCHEMA),
-            planned=self.plan.num_rows,
-            written=sum(receipt.written for receipt in receipts),
-            quarantined=self.num_bad,
-            quarantine_reasons=dict(sorted(self.reasons.items())),
-            quarantine=_write_quarantine(self.output, self._quarantined()),
-            shards=[receipt.shard for receipt in receipts if receipt.shard],
-        )
+
+def manifest_of(plan: Plan, receipts: Sequence[Receipt], quarantine: QuarantineEntry) -> Manifest:
+    """What `plan` has come to: `receipts` of all its chunks, in order, and the table of quarantined rows."""
+    terms = plan.terms
+    reasons = Counter(row.reason for receipt in receipts for row in receipt.quarantined)
+    return Manifest(
+        plan=plan.identity(),
+        payload=terms.payload,
+        layout=terms.layout,
+        max_length=terms.max_length,
+        tiling=terms.tiling,
+        num_image_tokens=terms.num_image_tokens,
+        image_shape=terms.image_shape,
+        image_dtype=terms.image_dtype,
+        processor_identity=terms.processor_identity,
+        encoder_identity=terms.encoder_identity,
+        schema=describe(SAMPLE_SCHEMA),
+        planned=plan.num_rows,
+        written=sum(receipt.written for receipt in receipts),
+        quarantined=reasons.total(),
+        quarantine_reasons=dict(sorted(reasons.items())),
+        quarantine=quarantine,
+        shards=[receipt.shard for receipt in receipts if receipt.shard],
+    )
 
 
 def _write_quarantine(output: str, rows: Iterable[QuarantinedRow]) -> QuarantineEntry:

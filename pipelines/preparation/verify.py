@@ -9,11 +9,13 @@ import pyarrow as pa
 from pydantic import ValidationError
 
 from pipelines import storage
-from pipelines.preparation.plan import PLAN_NAME, load_plan
+from pipelines.preparation.data_receipt import RECEIPT_JSON, DataReceipt
+from pipelines.preparation.ledger import manifest_of
+from pipelines.preparation.plan import PLAN_NAME, Plan, load_plan
 from pipelines.preparation.sources import PlanError
 from pipelines.shards.images import ImageObjectError, ImageStore, image_keys
 from pipelines.shards.integrity import ShardError, check
-from pipelines.shards.manifest import Manifest, QuarantineEntry, ShardEntry
+from pipelines.shards.manifest import MANIFEST_NAME, Manifest, QuarantineEntry, ShardEntry
 from pipelines.shards.receipts import Receipt, receipt_name
 
 _THREADS = 4
@@ -23,8 +25,8 @@ def verify(folder: str) -> list[str]:
     """One line for everything of the dataset in `folder` that is missing or not as the manifest says.
 
     Shards, shared images, quarantine table, plan and pins are hashed. The receipts carry times, so no hash can cover
-    them: each chunk of the plan must have one, and together they must name the manifest's shards and account for its
-    rows.
+    them: each chunk of the plan must have one, and plan and receipts must come to the manifest, field by field. The
+    data receipt must name it.
 
     Raises:
         ManifestError: `folder` holds no finished dataset.
@@ -75,11 +77,12 @@ def _plan_faults(folder: str, manifest: Manifest) -> Iterator[str]:
         plan.load_pins(folder)
     except PlanError as error:
         yield str(error)
-    yield from _receipt_faults(folder, manifest, len(plan.chunks))
+    yield from _receipt_faults(folder, manifest, plan)
+    yield from _data_receipt_faults(folder, manifest)
 
 
-def _receipt_faults(folder: str, manifest: Manifest, num_chunks: int) -> Iterator[str]:
-    uris = [storage.join(folder, receipt_name(chunk)) for chunk in range(num_chunks)]
+def _receipt_faults(folder: str, manifest: Manifest, plan: Plan) -> Iterator[str]:
+    uris = [storage.join(folder, receipt_name(chunk)) for chunk in range(len(plan.chunks))]
     with ThreadPoolExecutor(_THREADS) as threads:
         found = list(threads.map(_receipt, uris))
     yield from (each for each in found if isinstance(each, str))
@@ -87,19 +90,32 @@ def _receipt_faults(folder: str, manifest: Manifest, num_chunks: int) -> Iterato
     for uri, receipt in zip(uris, found, strict=True):
         if isinstance(receipt, Receipt) and receipt.plan != manifest.plan:
             yield f"{uri}: expected a receipt of plan {manifest.plan}, found one of {receipt.plan}"
-    if len(receipts) < num_chunks:
+    if len(receipts) < len(plan.chunks):
         return
     if [receipt.shard for receipt in receipts if receipt.shard] != manifest.shards:
         yield f"{folder}: the receipts name other shards than the manifest"
-    totals = (
-        sum(receipt.planned for receipt in receipts),
-        sum(len(receipt.quarantined) for receipt in receipts),
+    due = manifest_of(plan, receipts, manifest.quarantine).model_dump(exclude={"plan", "shards"})
+    uri = storage.join(folder, MANIFEST_NAME)
+    found_there = manifest.model_dump(include=set(due))
+    yield from (
+        f"{uri}: {field} is {found_there[field]!r}, by the plan and its receipts {value!r}"
+        for field, value in due.items()
+        if found_there[field] != value
     )
-    if totals != (manifest.planned, manifest.quarantined):
-        yield (
-            f"{folder}: the receipts account for {totals[0]} rows, {totals[1]} quarantined; the manifest for "
-            f"{manifest.planned}, {manifest.quarantined} quarantined"
-        )
+
+
+def _data_receipt_faults(folder: str, manifest: Manifest) -> Iterator[str]:
+    """It is for people and holds times, but it names the manifest that it tells of."""
+    uri = storage.join(folder, RECEIPT_JSON)
+    try:
+        receipt = DataReceipt.model_validate_json(storage.read_bytes(uri))
+    except FileNotFoundError:
+        yield f"{uri}: expected the data receipt, found no such file"
+    except ValidationError as error:
+        yield f"{uri}: not a data receipt: {error.errors()[0]['msg']}"
+    else:
+        if (told := receipt.identities.get("manifest")) != manifest.identity():
+            yield f"{uri}: tells of the manifest {told}; the one here is {manifest.identity()}"
 
 
 def _receipt(uri: str) -> Receipt | str:

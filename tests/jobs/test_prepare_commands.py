@@ -85,6 +85,25 @@ def test_verify_compares_plan_and_receipts_with_the_manifest(
     assert second.exists()
 
 
+def test_verify_finds_what_was_changed_in_manifest_and_data_receipt(
+    changeable: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, receipt = changeable / "manifest.json", changeable / "receipt.json"
+    manifest = Manifest.load(str(changeable))
+    changed = {"layout": "caption", "max_length": manifest.max_length + 1, "written": 12, "quarantine_reasons": {}}
+    path.write_bytes(manifest.model_copy(update=changed).to_json())
+    assert main(["verify", str(changeable)]) == 1
+    errors = capsys.readouterr().err
+    for field, value in changed.items():
+        planned = getattr(manifest, field)
+        assert f"{path}: {field} is {value!r}, by the plan and its receipts {planned!r}" in errors
+    assert f"{receipt}: tells of the manifest {manifest.identity()}; the one here is " in errors
+    path.write_bytes(manifest.to_json())
+    receipt.write_text("rubbish")
+    assert main(["verify", str(changeable)]) == 1
+    assert f"{receipt}: not a data receipt" in capsys.readouterr().err
+
+
 def test_inspect_shows_a_row_as_a_person_reads_it(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(finished), "--key", "corpus:2"]) == 0
     tokens = len(ShardedDataset(str(finished)).read(2)["input_ids"])
