@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
@@ -99,6 +100,7 @@ class Ingress:
         from pipelines.serving.service import Service
 
         self._policy = args.policy
+        self._is_configured = False
         self._metrics = IngressMetrics(_replica_name())
         self._engines = RemoteEngines(engines, self._metrics.retried)
         encoder = Encoder(load_processor(args.checkpoint))
@@ -114,8 +116,24 @@ class Ingress:
         return build_http(self._service)
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Called by Serve at the start and whenever `user_config` has changed: fields of `Policy`."""
-        self._service.adopt(self._policy.changed(user_config))
+        """Called by Serve at the start and whenever `user_config` has changed: fields of `Policy`.
+
+        A running ingress stays with the policy that it has where the new one is wrong: Serve would replace one that
+        raises by another one that raises as well.
+
+        Raises:
+            ValidationError: as `Policy.changed`, at the start.
+        """
+        try:
+            policy = self._policy.changed(user_config)
+        except ValidationError as error:
+            if not self._is_configured:
+                raise
+            faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+            logger.error("user_config is refused and changes nothing; no ingress can start with it: %s", faults)
+            return
+        self._service.adopt(policy)
+        self._is_configured = True
 
     async def collect(self) -> "list[Metric]":
         """What it has seen."""

@@ -77,7 +77,9 @@ class Policy(Section):
         Raises:
             ValidationError: it names an unknown field, or a value that makes no sense.
         """
-        limits = {**self.limits.model_dump(), **user_config.get("limits", {})}
+        limits = user_config.get("limits", {})
+        if isinstance(limits, dict):
+            limits = {**self.limits.model_dump(), **limits}
         return Policy.model_validate({**self.model_dump(), **user_config, "limits": limits})
 
 

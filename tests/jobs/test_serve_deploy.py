@@ -117,6 +117,10 @@ def test_the_serve_file_deploys_and_user_config_changes_limits_without_a_restart
     deploy(config_for_here(tiny_checkpoint, port, tmp_path, {"limits": {"max_tokens": 7}}), cluster)
     wait_for(lambda: ask(address, 8) == 422, "the new limit")
     assert ask(address, 7) == 200
+    deploy(config_for_here(tiny_checkpoint, port, tmp_path, {"limits": {"max_tokns": 9}}), cluster)
+    deploy(config_for_here(tiny_checkpoint, port, tmp_path, {"limits": {"max_tokens": 8}}), cluster)
+    wait_for(lambda: ask(address, 8) == 200, "the limit after the one that was misspelt")
+    assert ask(address, 9) == 422
     assert replicas(address) == before
 
 

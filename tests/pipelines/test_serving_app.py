@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+import logging
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,9 +22,10 @@ from ray import serve
 from ray.serve import Application
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 
+import pipelines.serving.app
 from pipelines.annotate import annotate
 from pipelines.annotation.verify import verify
-from pipelines.serving.app import build_app
+from pipelines.serving.app import Ingress, build_app
 from pipelines.serving.checkpoint import CheckpointError
 from pipelines.serving.engine import Encoder, Engine, EngineSettings
 from pipelines.serving.sampling import Sampling
@@ -269,6 +271,33 @@ def test_the_bounds_of_autoscaling(tiny_checkpoint: Path) -> None:
     assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (2, 5, 16)
     with pytest.raises(ValidationError, match="max_replicas is 1, less than num_replicas, 2"):
         ServeArgs(checkpoint="x", num_replicas=2, max_replicas=1)
+
+
+class NoEngines:
+    """The handle of a deployment that nobody asks."""
+
+    def options(self, **_: Any) -> NoEngines:
+        return self
+
+
+@pytest.mark.parametrize("limits", [{"max_tokns": 7}, {"max_tokens": 0}, None, 7])
+def test_a_wrong_user_config_changes_nothing_of_a_running_ingress_and_starts_none(
+    limits: Any, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Serve would replace one that raises by another one that raises as well, until nobody is left."""
+    monkeypatch.setattr(pipelines.serving.app, "_replica_name", lambda: "ingress")
+    args = ServeArgs(checkpoint=str(tiny_checkpoint))
+    ingress = Ingress(args, "tiny", NoEngines())
+    with pytest.raises(ValidationError, match="limits"):
+        ingress.reconfigure({"limits": limits})
+    ingress.reconfigure({"limits": {"max_tokens": 9}})
+    with caplog.at_level(logging.ERROR, logger="ray.serve"):
+        ingress.reconfigure({"limits": limits})
+    assert ingress._service.limits.max_tokens == 9
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert ".".join(["limits", *(limits if isinstance(limits, dict) else [])]) + ": " in line
+    ingress.reconfigure({})
+    assert ingress._service.limits == args.limits
 
 
 def test_a_wrong_folder_is_refused_before_anything_starts() -> None:
