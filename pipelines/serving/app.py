@@ -37,7 +37,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ray.serve")
 
 METRICS_TIMEOUT_S = 5
-MOST_CONNECTIONS = 10_000  # of one ingress: it turns requests away itself, and /health must always get in
+# Of one replica. Ingress and engine turn requests away themselves, at once; what Serve held back instead would wait
+# without a bound or a deadline, and whoever looks after the replica, as /health does, would wait behind it.
+MOST_CONNECTIONS = 10_000
 
 
 class EngineReplica:
@@ -102,7 +104,8 @@ class Ingress:
         self._policy = args.policy
         self._is_configured = False
         self._metrics = IngressMetrics(_replica_name())
-        self._engines = RemoteEngines(engines, self._metrics.retried)
+        several = max(args.num_replicas, args.max_replicas or 1) > 1
+        self._engines = RemoteEngines(engines, self._metrics.retried, several)
         encoder = Encoder(load_processor(args.checkpoint))
         model_hash = checkpoint_identity(args.checkpoint)
         self._service = Service(
@@ -169,8 +172,7 @@ def build_app(args: ServeArgs) -> Application:
     engine = serve.deployment(
         name="Engine",
         ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": args.num_gpus},
-        # The engine has a queue of its own, and the ingress bounds what is on its way to it.
-        max_ongoing_requests=args.engine.max_slots + args.engine.max_waiting,
+        max_ongoing_requests=MOST_CONNECTIONS,
         **_num_engines(args),
         **common,
     )(EngineReplica).bind(args)
@@ -192,7 +194,7 @@ def _num_engines(args: ServeArgs) -> dict[str, Any]:
     autoscaling = AutoscalingConfig(
         min_replicas=args.num_replicas,
         max_replicas=args.max_replicas,
-        # Counts what runs and what waits: beyond its slots, an engine has a queue.
+        # Counts what runs and what waits: beyond its slots, an engine has a queue, which fills before it refuses.
         target_ongoing_requests=args.engine.max_slots,
         upscale_delay_s=args.upscale_delay_s,
         downscale_delay_s=args.downscale_delay_s,

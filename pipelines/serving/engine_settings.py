@@ -21,7 +21,8 @@ class EngineSettings(Section):
     4 GiB on a CPU."""
 
     max_waiting: int = Field(default=128, gt=0)
-    """Requests that may wait for a slot; one more is refused."""
+    """Requests that may wait for a slot; one more is refused at once, over HTTP with 429 where no other engine has room
+    either."""
 
     prefill_tokens: int = Field(default=1024, gt=0)
     """Prompt tokens, padding included, that are read between two decode steps; a longer prompt is read alone."""

@@ -1,4 +1,4 @@
-"""The engines as the ingress sees them: whoever of them answers, and another one where that one is lost."""
+"""The engines as the ingress sees them: whoever of them answers, and another one where that one is lost or full."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from pipelines.serving.errors import ApiError
 from pipelines.serving.replies import Reply
 
 ATTEMPTS = 2  # not more: a request that kills its engine must not go round until all are dead
-PAUSE_S = 0.2  # between attempts: Serve needs a moment to see that a replica is gone
+PAUSE_S = 0.2  # after one that was lost: Serve needs a moment to see that a replica is gone
 _LOST = ("engine_error", "unavailable")
+_FULL = "overloaded"
 _FAILURES = (RayError, RayServeException, RpcError)  # the last where a connection ends in the middle of a message
 
 T = TypeVar("T")
@@ -40,18 +41,21 @@ class RemoteEngines:
     """The engines of a Serve deployment.
 
     An engine that dies takes its requests with it. One that has not sent a token to its client is asked of another
-    engine: nobody can tell the difference.
+    engine: nobody can tell the difference. So is one that a full engine refuses: Serve's router goes by what it has
+    last heard of the engines, and another one may have room.
 
     Args:
         handle: of the deployment.
         on_retry: called whenever that happens.
+        several: whether there may be another engine.
     """
 
-    def __init__(self, handle: DeploymentHandle, on_retry: Callable[[], None]) -> None:
+    def __init__(self, handle: DeploymentHandle, on_retry: Callable[[], None], several: bool) -> None:
         # gRPC whatever the environment of the process was that made the handle: see `transport`.
         self._handle = handle.options(_by_reference=False)
         self._streams = handle.options(_by_reference=False, stream=True)
         self._on_retry = on_retry
+        self._several = several
 
     async def answer(self, prompt: Prompt) -> Reply:
         """See `Engines`."""
@@ -104,10 +108,12 @@ class RemoteEngines:
             raise
 
     async def _before_retry(self, attempt: int, error: ApiError) -> None:
-        if error.code not in _LOST or attempt + 1 == ATTEMPTS:
+        is_full = error.code == _FULL and self._several
+        if attempt + 1 == ATTEMPTS or not (is_full or error.code in _LOST):
             raise error
         self._on_retry()
-        await asyncio.sleep(PAUSE_S * (attempt + 1))
+        if not is_full:
+            await asyncio.sleep(PAUSE_S * (attempt + 1))
 
 
 async def collect_from(handle: DeploymentHandle, patience_s: float) -> list[Any]:

@@ -64,7 +64,7 @@ class IngressMetrics:
         self._tokens.labels(self._replica, "generated").inc(generated_tokens)
 
     def retried(self) -> None:
-        """An engine was lost before it had sent a token, and another one is asked."""
+        """An engine was lost before it had sent a token, or was full, and another one is asked."""
         self._retries.labels(self._replica).inc()
 
     def collect(self) -> list[Metric]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import numpy as np
 import pytest
 
@@ -102,6 +103,32 @@ def test_a_flood_is_turned_away_and_leaves_no_trace(address: str) -> None:
         assert load.seconds[-1] < accepted[0], (load.seconds[-1], accepted)  # it recovers at once
         await until(lambda: is_idle(address), PATIENCE_S, "an idle service")
         check_growth(before, Footprint())
+
+    asyncio.run(check())
+
+
+def test_what_the_queue_does_not_hold_is_refused_at_once_and_looks_get_in(address: str) -> None:
+    """All at once: the engine itself refuses what exceeds its slots and its queue, and says that it is well meanwhile.
+
+    As many as the ingress lets in, so that none of the refusals is its own.
+    """
+    num_asked = 2 * (SLOTS + WAITING)
+
+    async def check() -> None:
+        load = Load(address)
+        async with aiohttp.ClientSession() as session:
+            asked = [asyncio.create_task(load.ask(session, request_body(3 * i, 900))) for i in range(num_asked)]
+
+            async def refused() -> bool:
+                return load.outcomes.total() >= num_asked - SLOTS - WAITING
+
+            await until(refused, PATIENCE_S, "the refusals")
+            assert not load.seconds, "an answer came before the refusals: ask for more tokens"
+            async with session.get(f"{address}/health", timeout=aiohttp.ClientTimeout(total=5)) as response:
+                assert response.status == 200
+            await asyncio.gather(*asked)
+        assert load.outcomes == {"200": SLOTS + WAITING, "429": num_asked - SLOTS - WAITING}
+        assert load.missing_retry_after == 0
 
     asyncio.run(check())
 
