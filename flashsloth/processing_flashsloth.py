@@ -5,10 +5,12 @@ One template for training and inference: both go through `FlashSlothProcessor.en
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from PIL import Image
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from transformers import BatchFeature, PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
@@ -84,6 +86,7 @@ class FlashSlothProcessor(ProcessorMixin):
         for marker in (QUERY_TOKEN, EOS_TOKEN, IMAGE_TOKEN, tokenizer.pad_token):
             if vocabulary[marker] in self._text_ids([marker])[0]:
                 raise ValueError(f"this tokenizer reads the text {marker!r} as structure; use a fast byte-level BPE")
+        self._longest_token = _longest_token(tokenizer)
 
     @property
     def query_bias_token_id(self) -> int:
@@ -124,14 +127,16 @@ class FlashSlothProcessor(ProcessorMixin):
             ConversationError: for a conversation that cannot be laid out, and too_long.
             ValueError: for an unknown layout.
         """
+        limit = self.max_length if max_length is None else max_length
         if layout == "chat":
+            _check_fewest((len(messages) + 1) // 2 * self.num_query_tokens, limit)  # before a piece is cut
             pieces = chat_pieces(messages, has_image, self.system, self.query_separator)
         elif layout == "caption":
             pieces = caption_pieces(messages, has_image)
         else:
             raise ValueError(f"layout is {layout!r}; it must be 'chat' or 'caption'")
+        _check_fewest(self._fewest_tokens(pieces), limit)
         sample = self._sample(pieces)
-        limit = self.max_length if max_length is None else max_length
         if len(sample["input_ids"]) > limit:
             raise ConversationError("too_long", f"{len(sample['input_ids'])} tokens; at most {limit}")
         return sample
@@ -242,6 +247,12 @@ class FlashSlothProcessor(ProcessorMixin):
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
+    def _fewest_tokens(self, pieces: Sequence[Piece]) -> int:
+        """As many tokens as `pieces` have at least: tokenizing megabytes takes seconds, counting bytes does not."""
+        sizes = {"image": self.num_image_tokens, "query": self.num_query_tokens, "eos": 1, "text": 0}
+        num_bytes = sum(len(piece.text.encode(errors="replace")) for piece in pieces)
+        return sum(sizes[piece.kind] for piece in pieces) + math.ceil(num_bytes / self._longest_token)
+
     def _sample(self, pieces: Sequence[Piece]) -> dict[str, list[int]]:
         texts = iter(self._text_ids([piece.text for piece in pieces if piece.kind == "text"]))
         marks = {
@@ -265,6 +276,27 @@ class FlashSlothProcessor(ProcessorMixin):
             list(texts), add_special_tokens=False, split_special_tokens=True, return_attention_mask=False
         )
         return encoding["input_ids"]
+
+
+def _check_fewest(fewest: int, limit: int) -> None:
+    if fewest > limit:
+        raise ConversationError("too_long", f"at least {fewest} tokens; at most {limit}")
+
+
+def _longest_token(tokenizer: PreTrainedTokenizerBase) -> float:
+    """Most bytes of text that one token stands for; infinite where the tokenizer may leave text away.
+
+    A token of byte-level BPE is spelled with a character for each of its bytes; one that was added, as it is.
+    """
+    backend = tokenizer.backend_tokenizer
+    added = tokenizer.added_tokens_decoder.values()
+    keeps_text = backend.normalizer is None and isinstance(backend.pre_tokenizer, ByteLevel)
+    knows_bytes = set(ByteLevel.alphabet()) <= tokenizer.get_vocab().keys()
+    takes_spaces = any(token.lstrip or token.rstrip for token in added)
+    if not keeps_text or not knows_bytes or takes_spaces:
+        return math.inf
+    spelled = max(len(token) for token in tokenizer.get_vocab())
+    return max(spelled, *(len(token.content.encode()) for token in added))
 
 
 def _fit_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:

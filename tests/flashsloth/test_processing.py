@@ -4,9 +4,10 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, normalizers, pre_tokenizers
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
 
-from flashsloth.conversation import ConversationError
+from flashsloth.conversation import ConversationError, chat_pieces
 from flashsloth.image_processing_flashsloth import FlashSlothImageProcessor
 from flashsloth.processing_flashsloth import FlashSlothProcessor
 
@@ -236,6 +237,49 @@ def test_too_long_names_both_numbers(processor):
     assert caught.value.reason == "too_long"
     with pytest.raises(ConversationError, match="at most 3072"):
         processor.encode(user("x " * 4000), has_image=False)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text() | st.text(alphabet=" -=*\n\t"), repeat=st.sampled_from([1, 30]), has_image=st.booleans())
+def test_no_conversation_has_fewer_tokens_than_are_counted_before_it_is_tokenized(
+    any_processor, text, repeat, has_image
+):
+    """Else one would be refused that fits; runs of one character are what the longest tokens stand for."""
+    messages = [*CONVERSATION, *user("? " + text * repeat)]
+    pieces = chat_pieces(messages, has_image, any_processor.system, any_processor.query_separator)
+    length = len(any_processor.encode(messages, has_image, max_length=10**6)["input_ids"])
+    assert any_processor._fewest_tokens(pieces) <= length
+    assert len(any_processor.encode(messages, has_image, max_length=length)["input_ids"]) == length
+
+
+def test_what_is_far_too_long_is_refused_before_it_is_tokenized(any_processor, monkeypatch):
+    def never(texts):
+        raise AssertionError("this takes half a minute for 20 MB")
+
+    monkeypatch.setattr(any_processor, "_text_ids", never)
+    longest = max(len(token) for token in any_processor.tokenizer.get_vocab())
+    turns = [{"role": ("user", "assistant")[place % 2], "content": "a"} for place in range(701)]
+    for messages, fewest in ((user("word " * 10**6), 5 * 10**6 // longest), (turns, 351 * 9)):
+        with pytest.raises(ConversationError, match=r"at least \d+ tokens; at most 3072") as caught:
+            any_processor.encode(messages, has_image=False)
+        assert caught.value.reason == "too_long"
+        assert int(caught.value.detail.split()[2]) >= fewest
+
+
+@pytest.mark.parametrize("change", ["normalizer", "pre_tokenizer", "added"])
+def test_a_text_of_which_a_tokenizer_may_leave_something_away_is_tokenized(tokenizer, change):
+    """Its bytes say nothing about its tokens: here a text of any length has hardly any."""
+    if change == "normalizer":
+        tokenizer.backend_tokenizer.normalizer = normalizers.Strip()
+    elif change == "pre_tokenizer":
+        steps = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    else:
+        tokenizer.add_tokens([AddedToken("@@", lstrip=True)])
+    processor = FlashSlothProcessor(FlashSlothImageProcessor(size=126), tokenizer, num_image_tokens=9)
+    assert processor.encode(user("What?" + " " * 10**5 + "@@"), has_image=False, max_length=10**6)
+    with pytest.raises(ConversationError, match=r"^too_long: \d+ tokens; at most 20"):
+        processor.encode(user("What?" + " " * 10**5 + "@@"), has_image=False, max_length=20)
 
 
 def test_unknown_layout(processor):
