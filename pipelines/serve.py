@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -65,7 +66,7 @@ def _serve(app: Application, options: HTTPOptions) -> int:
         print(f"error: the service did not start: {_reason(error)}", file=sys.stderr)
         serve.delete(APPLICATION)  # else it stays on a cluster that was joined, and is in the way of the next one
         return 1
-    print(f"serving at http://{options.host}:{options.port}/v1 (Ctrl-C stops)", flush=True)
+    print(f"serving at http://{_address(options.host, options.port)}/v1 (Ctrl-C stops)", flush=True)
     while True:
         signal.pause()
 
@@ -79,12 +80,18 @@ def _stop() -> None:
 
 def _check_port_is_free(host: str, port: int) -> None:
     """Serve itself would retry on a taken port without an end."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise OSError(f"cannot listen on {host}:{port} ({error.strerror}); choose another --port") from error
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        other = "--port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "--host"
+        raise OSError(f"cannot listen on {_address(host, port)} ({error.strerror}); choose another {other}") from error
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _reason(error: RuntimeError) -> str:

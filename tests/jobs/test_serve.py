@@ -21,6 +21,7 @@ import ray
 import yaml
 
 from jobs.serve import main
+from pipelines.serve import _check_port_is_free
 from pipelines.serving.authentication import Clients
 from pipelines.serving.settings import Policy
 from tests.fixtures.ray_session import REPOSITORY
@@ -153,5 +154,64 @@ def test_a_token_is_shown_once_and_kept_as_its_hash(capsys: pytest.CaptureFixtur
     token = first.rpartition(" ")[2]
     assert clients.authenticate(f"Bearer {token}", "127.0.0.1") == "alice"
     assert token not in recipe
-    assert main(["token"]) == 2
-    assert capsys.readouterr().err.startswith("error: name the client")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["--help"], 0, "usage: serve.py token [-h] NAME"),
+        ([], 2, "the following arguments are required: NAME"),
+        (["a", "b"], 2, "unrecognized arguments: b"),
+        (["--", "-x"], 2, "a client's name begins with no dash"),
+    ],
+)
+def test_no_token_is_made_for_what_is_no_name(
+    arguments: list[str], status: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["token", *arguments])
+    assert stopped.value.code == status
+    shown = capsys.readouterr()
+    assert said in shown.out + shown.err
+    assert "fs-" not in shown.out
+
+
+def test_a_deadline_must_come_before_the_end_of_the_request(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--checkpoint", "x", "--limits.deadline_s", "90", "--request_timeout_s", "90"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: limits.deadline_s is 90, not below request_timeout_s, 90: ")
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "said"),
+    [("foo://bar", "error: foo://bar: nothing that is installed knows foo://"), ("s3://bucket/x", "127.0.0.1:")],
+)
+def test_a_store_that_cannot_be_asked_is_an_error(
+    checkpoint: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "none")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "none")
+    assert main(["--checkpoint", checkpoint]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert said in line
+
+
+def test_an_address_of_ipv6_is_looked_at_as_one(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket(socket.AF_INET6) as taken:
+        taken.bind(("::1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert main(["--checkpoint", str(tiny_checkpoint), "--host", "::1", "--port", str(port)]) == 1
+    said = capsys.readouterr().err
+    assert said == f"error: cannot listen on [::1]:{port} (Address already in use); choose another --port\n"
+    _check_port_is_free("::1", port)
+
+
+def test_an_address_that_is_not_ours_calls_for_another_host(
+    tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--checkpoint", str(tiny_checkpoint), "--host", "192.0.2.1"]) == 1
+    assert "cannot listen on 192.0.2.1:8000" in (said := capsys.readouterr().err)
+    assert said.endswith("; choose another --host\n")
