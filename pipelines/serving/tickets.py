@@ -69,6 +69,9 @@ class Ticket:
             logger.exception("the listener of a request failed; the request is cancelled")
             self._listener = _ignore
             self.cancelled = True
+        if chunk.finish_reason is not None:
+            # One that holds its ticket, as most do, would keep it and its picture until Python looks for garbage.
+            self._listener = _ignore
 
 
 def _ignore(chunk: Chunk) -> None:

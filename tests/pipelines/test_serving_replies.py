@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import pickle
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,6 +42,27 @@ async def free(engine: Engine) -> None:
     async with asyncio.timeout(PATIENCE_S):
         while engine.stats().running or engine.stats().waiting:
             await asyncio.sleep(0.001)
+
+
+def test_a_request_that_has_ended_is_let_go_of_at_once(engine: Engine) -> None:
+    """Python looks for garbage seldom, and each request has a picture."""
+
+    async def ask() -> list[bool]:
+        desk = Desk(engine)
+        prompts = [prompt_of(engine, max_tokens=3) for _ in range(2)]
+        held = [weakref.ref(prompt) for prompt in prompts]
+        assert isinstance(await desk.answer(prompts.pop()), Reply)
+        assert all(isinstance(piece, Reply) for piece in await pieces_of(desk, prompts.pop()))
+        await free(engine)
+        await asyncio.sleep(0.2)  # the engine's thread comes to its end of the step
+        return [prompt() is not None for prompt in held]
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert asyncio.run(ask()) == [False, False]
+    finally:
+        gc.enable()
 
 
 def test_whole_and_in_pieces_it_is_the_engines_answer(engine: Engine) -> None:
