@@ -62,6 +62,13 @@ def one_cluster_for_jobs() -> Iterator[Callable[[], None]]:
         ray.shutdown()
 
 
+def largest_cluster() -> dict[str, float]:
+    """Resources of the cluster as it is, or as its autoscaler may make it."""
+    now = ray.cluster_resources()
+    limits = ray._private.state.state.get_max_resources_from_cluster_config() or {}
+    return {name: max(now.get(name, 0), limits.get(name, 0)) for name in ("CPU", "GPU")}
+
+
 def _join(address: str) -> None:
     host, _, port = address.rpartition(":")
     if port.isdigit() and "://" not in address:

@@ -165,7 +165,7 @@ def build_app(args: ServeArgs) -> Application:
     model_name = args.model_name or PurePosixPath(args.checkpoint).name
     common: dict[str, Any] = {
         "max_constructor_retry_count": 2,  # a checkpoint that does not load will not load the twentieth time either
-        "graceful_shutdown_timeout_s": args.limits.deadline_s + 10,
+        "graceful_shutdown_timeout_s": args.drain_s,
         "health_check_period_s": args.health_check_period_s,
         "health_check_timeout_s": args.health_check_timeout_s,
     }

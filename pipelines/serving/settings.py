@@ -144,3 +144,8 @@ class ServeArgs(Policy):
     def policy(self) -> Policy:
         """What the ingress allows at its start."""
         return Policy(limits=self.limits, tokens=self.tokens, image_hosts=self.image_hosts)
+
+    @property
+    def drain_s(self) -> float:
+        """How long a replica that is to end may take over the answers that are under way."""
+        return self.limits.deadline_s + 10

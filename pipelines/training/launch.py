@@ -15,6 +15,7 @@ from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from pipelines import storage
+from pipelines.ray_session import largest_cluster
 from pipelines.settings import dump_settings
 from pipelines.shards.manifest import Manifest
 from pipelines.training.checkpoint import refuse_changed_run
@@ -90,7 +91,7 @@ def check_cluster(scaling: ScalingSettings, evaluation: EvaluationSettings | Non
     """
     wanted = {"CPU": scaling.cpus_per_worker, "GPU": scaling.gpus_per_worker}
     reserved = {"CPU": evaluation.cpus, "GPU": evaluation.gpus} if evaluation else {}
-    total = _largest_cluster()
+    total = largest_cluster()
     fewest = scaling.bounds[0]
     for name, per_worker in wanted.items():
         beside = reserved.get(name, 0)
@@ -249,10 +250,3 @@ def _ray_storage(uri: str) -> tuple[pyarrow.fs.FileSystem | None, str]:
         region=os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"),
     )
     return filesystem, uri.split("://", 1)[1]
-
-
-def _largest_cluster() -> dict[str, float]:
-    """Resources of the cluster as it is, or as its autoscaler may make it."""
-    now = ray.cluster_resources()
-    limits = ray._private.state.state.get_max_resources_from_cluster_config() or {}
-    return {name: max(now.get(name, 0), limits.get(name, 0)) for name in ("CPU", "GPU")}

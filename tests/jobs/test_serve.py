@@ -14,16 +14,19 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
 import yaml
+from ray.exceptions import RayActorError
 
+import pipelines.serve
 from jobs.serve import main
-from pipelines.serve import _check_port_is_free
+from pipelines.serve import _check_port_is_free, _check_room, _let_finish, _reason
 from pipelines.serving.authentication import Clients
-from pipelines.serving.settings import Policy
+from pipelines.serving.settings import Policy, ServeArgs
 from tests.fixtures.ray_session import REPOSITORY
 from tests.serving import flip_a_bit, free_port, list_files
 
@@ -99,10 +102,32 @@ def test_a_stop_lets_the_answer_that_is_under_way_finish(start_job: Any, tiny_ch
     asking.join(timeout=120)
     assert isinstance(answers[0], dict), answers
     assert job.finish() == 0, job.output
-    assert job.output.splitlines()[-1] == "stopping: waiting for answers that are under way"  # and no word of Ray's
+    last = "stopping: waiting up to 110 s for answers that are under way (Ctrl-C again ends at once)"
+    assert job.output.splitlines()[-1] == last  # and no word of Ray's
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # closed connections still hold it for a minute
         probe.bind(("127.0.0.1", port))
+
+
+@pytest.mark.ray
+def test_a_second_stop_ends_at_once(start_job: Any, tiny_checkpoint: Path) -> None:
+    job = start_job("--checkpoint", str(tiny_checkpoint), "--port", str(free_port()), "--device", "cpu")
+    job.wait_for_line("serving at")
+    job.process.send_signal(signal.SIGINT)
+    job.wait_for_line("stopping: waiting up to 110 s")
+    job.process.send_signal(signal.SIGINT)
+    assert job.finish() == 130, job.output
+    assert job.output.splitlines()[-1] == "stopped; answers that were under way are cut off"
+
+
+def test_a_stop_before_anything_is_served_is_one_line(start_job: Any, tiny_checkpoint: Path) -> None:
+    job = start_job("--checkpoint", str(tiny_checkpoint), "--port", str(free_port()), PYTHONVERBOSE="1")
+    job.wait_for_line("import 'pipelines.serving.settings'")  # Ray is imported next
+    job.wait_for_line("import 'ray.exceptions'")
+    job.process.send_signal(signal.SIGINT)
+    assert job.finish() == 130, job.output[-3000:]
+    assert "\nstopped; nothing is served\n" in job.output
+    assert "Traceback" not in job.output
 
 
 @pytest.mark.ray
@@ -119,8 +144,89 @@ def test_a_checkpoint_that_fails_while_loading_is_named(start_job: Any, tiny_che
     job = start_job(*("--checkpoint", str(folder), "--port", str(free_port()), "--device", "cpu"), RAY_ADDRESS=address)
     assert job.finish() == 1
     assert f"error: the service did not start: {folder}: model.safetensors has sha256" in job.output, job.output
+    assert "Traceback" not in job.output, job.output
     with pytest.raises(ValueError, match="Failed to look up actor"):
         ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"num_gpus": 1}, r"asks for 1 GPUs \(1 x 1 for engines\); the cluster has 0: lower --num_gpus"),
+        ({"num_cpus": 2, "num_replicas": 2}, r"asks for 4.5 CPUs \(2 x 2 for engines, 1 x 0.5 for ingresses\)"),
+    ],
+)
+def test_a_service_that_the_cluster_can_never_hold_is_an_error(
+    asked: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On one that can grow it is a line: Ray will start machines."""
+    args = ServeArgs(checkpoint="x", **asked)
+    with pytest.raises(ValueError, match=said):
+        _check_room(args)
+    monkeypatch.setattr(pipelines.serve, "largest_cluster", lambda: {"CPU": 8, "GPU": 8})
+    _check_room(args)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.endswith("and may grow to 8: waiting for it to grow")
+    _check_room(ServeArgs(checkpoint="x"))
+    assert not capsys.readouterr().out
+
+
+class Serve:
+    """Ray Serve with one application, which goes when it has been looked at so often."""
+
+    def __init__(self, *, looks: int = 0, failure: BaseException | None = None) -> None:
+        self._looks, self._failure = looks, failure
+        self.applications: dict[str, Any] = {}
+
+    def delete(self, name: str, _blocking: bool) -> None:
+        self.applications[name] = None
+
+    def status(self) -> Serve:
+        if self._failure:
+            raise self._failure
+        self._looks -= 1
+        if self._looks < 0:
+            self.applications.clear()
+        return self
+
+
+@pytest.mark.parametrize(
+    ("fake", "status", "said"),
+    [
+        (Serve(looks=1200), 0, ""),  # two minutes: longer than Serve itself would wait
+        (Serve(looks=2000), 1, "error: the service has not ended within 140 s, and is cut off\n"),
+        (Serve(failure=RayActorError()), 1, "error: the service is gone: The actor "),
+        (Serve(failure=KeyboardInterrupt()), 130, "stopped; answers that were under way are cut off\n"),
+    ],
+)
+def test_the_end_of_the_service_is_waited_for_as_long_as_its_answers_may_take(
+    fake: Serve, status: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: now.append(now.pop() + seconds))
+    monkeypatch.setattr(pipelines.serve, "serve", fake)
+    monkeypatch.setattr(pipelines.serve, "time", clock)
+    assert _let_finish(110) == status
+    assert capsys.readouterr().err.startswith(said)
+
+
+def test_the_reason_is_what_the_replica_has_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    message = """The deployment failed to start 2 times in a row. Error:
+ray.exceptions.RayTaskError(RuntimeError): ray::ServeReplica:flashsloth:Engine.initialize()
+RuntimeError: Traceback (most recent call last):
+  File "slots.py", line 50, in allocate
+    raise ValueError(f"max_length is {length}, the model has {positions} positions")
+ValueError: max_length is 100000, the model has 1024 positions
+"""
+    engine = SimpleNamespace(message=message)
+    status = SimpleNamespace(message="Failed to update the deployments ['Engine'].", deployments={"Engine": engine})
+    fake = SimpleNamespace(status=lambda: SimpleNamespace(applications={"flashsloth": status}))
+    monkeypatch.setattr(pipelines.serve, "serve", fake)
+    assert _reason(RuntimeError("failed")) == "max_length is 100000, the model has 1024 positions"
+    engine.message = "no replica has come"
+    assert _reason(RuntimeError("failed")) == "Failed to update the deployments ['Engine']."
 
 
 def test_a_missing_checkpoint_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
