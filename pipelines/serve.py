@@ -83,10 +83,9 @@ def _serve(app: Application, options: HTTPOptions, address: str) -> int:
 
 def _let_finish(drain_s: float) -> int:
     """Take the service down, its answers first: the end of Ray alone would cut the connections."""
-    print(
-        f"stopping: waiting up to {drain_s:g} s for answers that are under way (Ctrl-C again ends at once)", flush=True
-    )
+    waiting = f"waiting up to {drain_s:g} s for answers that are under way"
     try:
+        print(f"stopping: {waiting} (Ctrl-C again ends at once)", flush=True)
         if _delete(drain_s + REMOVAL_S):
             return 0
         print(f"error: the service has not ended within {drain_s + REMOVAL_S:g} s, and is cut off", file=sys.stderr)
