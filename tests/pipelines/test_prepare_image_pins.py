@@ -223,7 +223,7 @@ def test_pins_are_verified_and_collected(tmp_path: Path, capsys: pytest.CaptureF
     prepare_here(settings)
     plan = load_plan(settings.output)
     assert plan and plan.pins
-    table, other = Path(settings.output) / plan.pins.name, Path(settings.output) / "pins" / "other.arrow"
+    table, other = Path(settings.output) / plan.pins.name, Path(settings.output) / "pins" / f"{'0' * 64}.arrow"
     other.write_bytes(b"of a run that was killed before its plan")
     assert main(["gc", settings.output]) == 0
     assert table.exists() and not other.exists()
