@@ -79,7 +79,7 @@ def _unreadable(folder: Path) -> str:
     """Which files are to blame where a processor cannot be loaded."""
     try:
         AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception:
+    except Exception:  # as above; what it says was said by whoever asks
         return "tokenizer.json and tokenizer_config.json"
     return "processor_config.json"
 
