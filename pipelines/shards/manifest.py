@@ -37,6 +37,8 @@ class ShardEntry(BaseModel):
     """Row i is the message at bytes `row_offsets[i]` up to `row_offsets[i + 1]`; null in manifests of before."""
     row_checksums: list[str] | None = None
     """XXH3 (64 bits) of each row's bytes: notices damage at a fifteenth of the cost of a sha256."""
+    frame_checksum: str | None = Field(default=None, exclude_if=lambda checksum: checksum is None)
+    """The same of the bytes before the first row and behind the last. Manifests of before have none and stay equal."""
 
 
 class QuarantineEntry(BaseModel):

@@ -1,9 +1,9 @@
 """A prepared dataset as a sequence: open the manifest, read any row by its number, from a local folder or from S3.
 
-A local shard is read in its place: its size is checked when a process opens it, and a row against its checksum whenever
-it is read. Shards of an object store are fetched whole into a cache folder while they fit into its bound, since
-training comes back to them: the next ones while one is read. All their rows are checked then as well, before anybody
-sees the shard. Of all others each row is read by a ranged GET and checked alone: a cache that is smaller than what is
+A local shard is read in its place: its size, head and foot are checked when a process first opens it, and a row against
+its checksum whenever it is read. Shards of an object store are fetched whole into a cache folder while they fit into
+its bound, since training comes back to them: the next ones while one is read. All of a shard is checked then, before
+anybody sees it. Of all others each row is read by a ranged GET and checked alone: a cache that is smaller than what is
 shuffled through it would fetch whole shards for single rows.
 
 A row is read into memory of its own, where the arrays that are handed out stay: to map a file costs more, a hundred
@@ -27,7 +27,18 @@ import xxhash
 from pipelines import storage
 from pipelines.shards.cache import ShardCache
 from pipelines.shards.images import ImageStore
-from pipelines.shards.integrity import CHANGED, ShardError, check, check_rows, check_size, damage, is_intact, missing
+from pipelines.shards.integrity import (
+    CHANGED,
+    ShardError,
+    check,
+    check_rows,
+    check_size,
+    damage,
+    frame,
+    is_framed,
+    is_intact,
+    missing,
+)
 from pipelines.shards.manifest import Manifest, ShardEntry
 from pipelines.shards.prefetch import AHEAD, Prefetcher, RemoteShard
 from pipelines.shards.quantization import dequantize
@@ -195,7 +206,7 @@ class _OpenShard:
         memory = np.empty(stop - start, np.uint8)
         os.preadv(self._descriptor, [memory.data], start)
         if not is_intact(entry, position, memory.data):
-            raise damage(entry, self._uri(entry), position, Path(self._path(entry)).read_bytes())
+            raise damage(entry, self._uri(entry), f"row {position}", Path(self._path(entry)).read_bytes())
         return _row(memory)
 
     def _uri(self, entry: ShardEntry) -> str:
@@ -208,12 +219,15 @@ class _OpenShard:
         return path
 
     def _open(self, entry: ShardEntry) -> int:
-        descriptor = os.open(self._path(entry), os.O_RDONLY)
-        try:
-            check_size(entry, self._uri(entry), os.fstat(descriptor).st_size)
-        except BaseException:
-            os.close(descriptor)
-            raise
+        path = Path(self._path(entry))
+        check_size(entry, self._uri(entry), path)
+        descriptor = os.open(path, os.O_RDONLY)
+        if self._number not in self._dataset._checked:
+            head, foot = (memoryview(os.pread(descriptor, len(part), part.start)) for part in frame(entry))
+            if not is_framed(entry, head, foot):
+                os.close(descriptor)
+                raise damage(entry, self._uri(entry), "its head or foot", path.read_bytes())
+            self._dataset._checked.add(self._number)
         return descriptor
 
     def _map(self, entry: ShardEntry) -> pa.MemoryMappedFile:
@@ -229,7 +243,7 @@ def _fetch(entry: ShardEntry, uri: str, path: Path) -> None:
         storage.download(uri, path)
     except FileNotFoundError as error:
         raise missing(entry, uri) from error
-    check_size(entry, uri, path.stat().st_size)  # before it is mapped: an empty file cannot be
+    check_size(entry, uri, path)  # before it is mapped: an empty file cannot be
     with pa.memory_map(str(path)) as source:
         check_rows(entry, uri, source.read_buffer())
 

@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 import xxhash
 
 from pipelines import storage
+from pipelines.shards.integrity import frame_checksum
 from pipelines.shards.manifest import ShardEntry
 from pipelines.shards.schema import IGNORED_LABEL, SAMPLE_SCHEMA
 
@@ -35,6 +36,7 @@ class _Shard:
     sha256: str
     row_offsets: list[int]
     row_checksums: list[str]
+    frame_checksum: str
 
 
 class _Bench:
@@ -66,7 +68,7 @@ class _Bench:
             offsets.append(done)
             data = data[: sink.tell()]
         digest.update(data[done:])
-        return _Shard(data, digest.hexdigest(), offsets, checksums)
+        return _Shard(data, digest.hexdigest(), offsets, checksums, frame_checksum(data[: offsets[0]], data[done:]))
 
     def _room(self, size: int) -> memoryview:
         if len(self._memory) < size:
@@ -100,6 +102,7 @@ def write_shard(folder: str, samples: pa.Table) -> ShardEntry:
         num_turns=[int(ids.max(initial=0)) for ids in _arrays(samples["question_ids"])],
         row_offsets=shard.row_offsets,
         row_checksums=shard.row_checksums,
+        frame_checksum=shard.frame_checksum,
     )
 
 

@@ -149,7 +149,7 @@ def test_run_reports_and_verify_finds_damage(tmp_path: Path, capsys: pytest.Capt
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 2
     assert first.name in errors[0] and "found no such file" in errors[0]
-    assert second.name in errors[1] and f"expected sha256 {second.sha256}, found" in errors[1]
+    assert second.name in errors[1] and f"with sha256 {second.sha256}, found" in errors[1]
 
 
 def test_verify_of_no_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

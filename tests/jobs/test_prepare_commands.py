@@ -56,6 +56,7 @@ def test_verify_passes_what_was_written(finished: Path, capsys: pytest.CaptureFi
 
 
 def test_verify_names_everything_that_changed(changeable: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = Manifest.load(str(changeable)).quarantine.sha256
     with (changeable / "quarantine.parquet").open("r+b") as file:
         file.write(b"X")
     receipts = sorted((changeable / "receipts").glob("*.json"))
@@ -64,7 +65,7 @@ def test_verify_names_everything_that_changed(changeable: Path, capsys: pytest.C
     assert main(["verify", str(changeable)]) == 1
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 3
-    assert "quarantine.parquet: expected sha256" in errors[0]
+    assert "quarantine.parquet: expected " in errors[0] and f" sha256 {before}, found " in errors[0]
     assert f"{receipts[0]}: expected the receipt of a chunk, found no such file" in errors[1]
     assert f"{receipts[1]}: not a receipt" in errors[2]
 

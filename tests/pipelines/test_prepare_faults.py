@@ -258,8 +258,8 @@ def flip_a_bit(data: bytes) -> bytes:
     ("damage", "message"),
     [
         (None, "expected {bytes} bytes with sha256 {sha256}, found no such file"),
-        (truncate, "expected {bytes} bytes, found {cut}"),
-        (flip_a_bit, "expected sha256 {sha256}, found {found}"),
+        (truncate, "expected {bytes} bytes with sha256 {sha256}, found {cut_bytes} with {cut}"),
+        (flip_a_bit, "expected {bytes} bytes with sha256 {sha256}, found {bytes} with {flipped}"),
     ],
 )
 def test_shard_that_is_spoilt_after_publication_is_named(
@@ -278,7 +278,8 @@ def test_shard_that_is_spoilt_after_publication_is_named(
     assert dataset.read(0)["key"] == "corpus:0"
     with pytest.raises(ShardError) as raised:
         dataset.read(5)
-    facts = {"cut": entry.bytes - 100, "found": storage.sha256(flip_a_bit(data)), **entry.model_dump()}
+    hashes = {"cut": storage.sha256(truncate(data)), "flipped": storage.sha256(flip_a_bit(data))}
+    facts = {"cut_bytes": entry.bytes - 100, **hashes, **entry.model_dump()}
     assert f"{uri}: {message.format(**facts)}" in str(raised.value)
     assert main(["verify", settings.output]) == 1
 
