@@ -11,8 +11,6 @@ merges across the second kind, so the ids are those of the published preprocessi
 the beginning of the training sample.
 """
 
-import base64
-import binascii
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +18,7 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from .image_processing_flashsloth import ImageError, decode_image
+from .image_processing_flashsloth import ImageError, decode_image, is_data_uri, read_data_uri
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
@@ -212,14 +210,11 @@ def _load_image(source: Any, index: int) -> Image.Image:
         return source
     if isinstance(source, bytes):
         return decode_image(source)
-    if isinstance(source, str) and source[:5].lower() == "data:":
-        header, _, payload = source.partition(",")
-        if not header.lower().endswith(";base64"):
-            raise ConversationError("unsupported_content", f"message {index}: a data URI must be base64")
+    if isinstance(source, str) and is_data_uri(source):
         try:
-            return decode_image(base64.b64decode(payload, validate=True))
-        except binascii.Error as error:
-            raise ImageError("image_undecodable", f"message {index}: not base64: {error}") from error
+            return decode_image(read_data_uri(source))
+        except ImageError as error:
+            raise ImageError(error.reason, f"message {index}: {error.detail}") from error
     found = f"{source[:40]!r}" if isinstance(source, str) else type(source).__name__
     raise ConversationError(
         "unsupported_content", f"message {index}: an image is a data URI, bytes or a PIL image, not {found}"

@@ -13,8 +13,6 @@ quarantined as `path_not_allowed`: nothing is fetched. Texts of one message are 
 
 from __future__ import annotations
 
-import base64
-import binascii
 from collections.abc import Iterator
 from typing import Any
 
@@ -92,14 +90,10 @@ def _placed(found: list[tuple[str, list[Any]]], beside: list[Any], own_id: str) 
 
 def _loaded(address: Any, own_id: str) -> Any:
     """The bytes of a data URI; every other address as it is."""
-    if not isinstance(address, str) or not address.startswith("data:"):
-        return address
-    header, _, payload = address.partition(",")
+    # Here, since what plans a run imports this module too, and needs none of the model's libraries.
+    from flashsloth.image_processing_flashsloth import ImageError, is_data_uri, read_data_uri
+
     try:
-        if not header.endswith(";base64"):
-            raise RowError("image_undecodable", f"{header[:40]!r}: a data URI must be base64", own_id)
-        return base64.b64decode(payload, validate=True)
-    except (binascii.Error, ValueError) as error:
-        if isinstance(error, RowError):
-            raise
-        raise RowError("image_undecodable", f"{header[:40]!r}: not base64: {error}", own_id) from error
+        return read_data_uri(address) if isinstance(address, str) and is_data_uri(address) else address
+    except ImageError as error:
+        raise RowError(error.reason, error.detail, own_id) from error

@@ -11,18 +11,15 @@ alone where the tar lies on a disk, and a chunk is one range of bytes. A tar tha
 from __future__ import annotations
 
 import io
-import tarfile
 from collections.abc import Iterator
 from itertools import groupby
-from typing import BinaryIO
 
 from pipelines import storage
-from pipelines.corpora import fields, json_rows, messages, sharegpt
+from pipelines.corpora import fields, json_rows, messages, sharegpt, tars
 from pipelines.corpora.spans import Extent, Span
-from pipelines.records import FileFormatError, Message, Record, Row, RowError
+from pipelines.records import Message, Record, Row, RowError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif")
-_BLOCK = tarfile.BLOCKSIZE
 
 
 def scan(path: str) -> Iterator[Extent]:
@@ -32,17 +29,17 @@ def scan(path: str) -> Iterator[Extent]:
         FileFormatError: it is no tar, is cut short, or goes on after its end.
     """
     with storage.open_file(path) as file:
-        members = _members(file, path, ends=True)
+        members = tars.members(file, path, ends=True)
         for row, (_, sample) in enumerate(groupby(members, key=lambda member: _split(member.name)[0])):
             first, *others = sample
             last = others[-1] if others else first
-            yield Extent(first.offset, last.offset_data + -(-last.size // _BLOCK) * _BLOCK, row + 1)
+            yield Extent(first.offset, last.offset_data + -(-last.size // tars.BLOCK) * tars.BLOCK, row + 1)
 
 
 def read(path: str, span: Span) -> Iterator[Row]:
     """The samples of `span`, in order; one that is no record carries a RowError."""
     file = io.BytesIO(storage.read_range(path, span.start, span.stop))
-    samples = groupby(_members(file, path, ends=False), key=lambda member: _split(member.name)[0])
+    samples = groupby(tars.members(file, path, ends=False), key=lambda member: _split(member.name)[0])
     for position, (name, sample) in enumerate(samples, start=span.first_row):
         parts = [(_split(each.name)[1], file.getbuffer()[each.offset_data :][: each.size].tobytes()) for each in sample]
         content: Record | RowError
@@ -87,27 +84,3 @@ def _split(name: str) -> tuple[str, str]:
     folder, slash, base = name.removeprefix("./").rpartition("/")
     stem, _, suffix = base.partition(".")
     return folder + slash + stem, suffix.lower()
-
-
-def _members(file: BinaryIO | io.BytesIO, path: str, ends: bool) -> Iterator[tarfile.TarInfo]:
-    """The files in a tar, in constant memory; `ends` for a whole tar, whose end is then looked at."""
-    try:
-        # A name that is no UTF-8 is spelled so that it can be stored: caf\xe9. It only says where a row comes from.
-        tar = tarfile.TarFile(fileobj=file, errors="backslashreplace")
-        while (member := tar.next()) is not None:
-            tar.members = []  # type: ignore[attr-defined]  # they would be kept
-            if member.isfile():
-                yield member
-    except tarfile.TarError as error:
-        raise FileFormatError(f"{path}: no tar, or a damaged one: {error}; compressed ones must be unpacked") from error
-    if not ends:
-        return
-    # tarfile takes whatever is no header for the end.
-    file.seek(tar.offset)
-    block = file.read(_BLOCK)
-    if len(block) < _BLOCK:
-        raise FileFormatError(f"{path}: ends at byte {tar.offset} without a tar's end mark: it is cut short")
-    while block:
-        if block.strip(b"\0"):
-            raise FileFormatError(f"{path}: damaged near byte {file.tell() - len(block)}: neither a file nor the end")
-        block = file.read(2**20)

@@ -42,7 +42,8 @@ class SourceCounts(_Part):
     tokens: int
     loss_tokens: int
     repeated_ids: int
-    """Rows whose own id an earlier row of this source has too. They are kept: a row's key is its position."""
+    """Rows whose own id an earlier row of this source has too. They are kept: a row's key is its position. What a
+    weight above 1 repeats is not counted."""
 
 
 class Bin(_Part):
@@ -182,7 +183,8 @@ def _source(plan: Plan, corpus: str, receipts: Sequence[Receipt]) -> SourceCount
     terms = next(iter(files.values()))
     own = [receipt for receipt in receipts if plan.chunks[receipt.chunk].source in files]
     shards = [receipt.shard for receipt in own if receipt.shard]
-    ids = np.concatenate([id_hashes(receipt.facts) for receipt in own] or [np.empty(0, np.uint64)])
+    first = [receipt for receipt in own if plan.chunks[receipt.chunk].repeat == 0]
+    ids = np.concatenate([id_hashes(receipt.facts) for receipt in first] or [np.empty(0, np.uint64)])
     return SourceCounts(
         name=corpus,
         path=terms.path + (f" and {len(files) - 1:,} more files" if len(files) > 1 else ""),

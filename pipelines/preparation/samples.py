@@ -209,4 +209,4 @@ def _table(samples: list[dict[str, Any]]) -> pa.Table:
 
 
 def _rejected(error: _Refusal, own_id: str) -> dict[str, Any]:
-    return {"id": own_id, "reason": error.reason, "detail": shortened(error.detail)}
+    return {"id": shortened(own_id), "reason": error.reason, "detail": shortened(error.detail)}

@@ -6,8 +6,6 @@ this service does not do may be named where the value says that it is not asked 
 
 from __future__ import annotations
 
-import base64
-import binascii
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -15,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic_core import PydanticCustomError
 
 from flashsloth.conversation import ConversationError, read_conversation
-from flashsloth.image_processing_flashsloth import ImageError, decode_image
+from flashsloth.image_processing_flashsloth import ImageError, decode_image, is_data_uri, read_data_uri
 from pipelines.serving.errors import ApiError, unknown_model
 from pipelines.serving.sampling import Sampling
 from pipelines.serving.settings import Limits
@@ -101,7 +99,7 @@ class ChatRequest(_Wire):
     def image_addresses(self) -> list[str]:
         """The images that are to be fetched."""
         parts = [part for message in self.messages for part in message.content if isinstance(part, ImagePart)]
-        return [part.image_url.url for part in parts if part.image_url.url[:5].lower() != "data:"]
+        return [part.image_url.url for part in parts if not is_data_uri(part.image_url.url)]
 
 
 def parse_request(body: bytes, model_name: str) -> ChatRequest:
@@ -200,19 +198,8 @@ def _decode(message: ChatMessage, limits: Limits, tile_size: int, fetched: Mappi
             parts.append(part.model_dump())
             continue
         url = part.image_url.url
-        image = decode_image(fetched[url] if url in fetched else _data_of(url), max_pixels=limits.max_image_pixels)
+        image = decode_image(fetched[url] if url in fetched else read_data_uri(url), max_pixels=limits.max_image_pixels)
         if part.image_url.detail == "low":
             image.thumbnail((tile_size, tile_size))
         parts.append({"type": "image", "image": image})
     return {"role": message.role, "content": parts}
-
-
-def _data_of(url: str) -> bytes:
-    """The bytes in a data URI."""
-    header, comma, payload = url.partition(",")
-    if not comma or not header.lower().endswith(";base64"):
-        raise ConversationError("unsupported_content", "image_url is a data URI without base64 content")
-    try:
-        return base64.b64decode(payload, validate=True)
-    except binascii.Error as error:
-        raise ImageError("image_undecodable", f"image_url is no valid base64: {error}") from error

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -173,3 +174,25 @@ def test_ids_that_repeat_are_kept_and_counted(tmp_path: Path) -> None:
     assert [dataset.read(n)["id"] for n in range(10)] == ["000000033471"] * 9 + ["other"]
     assert len({dataset.read(n)["key"] for n in range(10)}) == 10
     assert all((dataset.read(n)["labels"] != IGNORED_LABEL).any() for n in range(10))
+
+
+def test_rows_that_a_weight_takes_again_are_no_repeated_ids(tmp_path: Path) -> None:
+    write_corpus(tmp_path, [row(3, id="one"), row(3, id="two"), row(3, id="two")])
+    write_processor(tmp_path)
+    source = {"path": f"{tmp_path}/corpus.jsonl", "image_root": str(tmp_path), "weight": 2.5}
+    manifest = prepare_here(prepare_settings(tmp_path, sources=[source]))
+    assert manifest.written in (7, 8)
+    receipt = DataReceipt.model_validate_json((tmp_path / "out" / "receipt.json").read_bytes())
+    assert [each.repeated_ids for each in receipt.sources] == [1]
+
+
+def test_a_long_id_is_kept_in_the_sample_and_shortened_in_the_quarantine(tmp_path: Path) -> None:
+    long = "x" * 100_000
+    write_corpus(tmp_path, [row(3, id=long), row(3, id=long, image="images/none.jpg"), *(row(3) for _ in range(10))])
+    write_processor(tmp_path)
+    manifest = prepare_here(prepare_settings(tmp_path))
+    assert (manifest.written, manifest.quarantined) == (11, 1)
+    assert ShardedDataset(str(tmp_path / "out")).read(0)["id"] == long
+    [bad] = pq.read_table(tmp_path / "out" / "quarantine.parquet").to_pylist()
+    assert bad["id"].startswith("xxx") and "characters left out" in bad["id"] and len(bad["id"]) < 1000
+    assert all(len(path.read_bytes()) < 20_000 for path in (tmp_path / "out" / "receipts").iterdir())
