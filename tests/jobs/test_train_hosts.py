@@ -23,7 +23,7 @@ from tests.training_ranks import train_on
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.timeout(900)]
 
-NUM_STEPS = 60
+NUM_STEPS = 90
 CHECKPOINT_EVERY = 15
 _RUN_SECONDS = 300  # four processes import torch and DeepSpeed, on whatever else the machine does
 
@@ -104,7 +104,7 @@ def test_a_host_that_is_cut_off_and_comes_back_leaves_no_trace_in_the_losses(
 
     lost = cluster.workers[0]
     driver = cluster.start_driver("disturbed", str(REPOSITORY / "jobs" / "train.py"), *words(bucket, "disturbed"))
-    wait_until(lambda: len(complete_checkpoints(disturbed)) >= 2, _RUN_SECONDS, "a second checkpoint", driver.said)
+    wait_until(lambda: bool(complete_checkpoints(disturbed)), _RUN_SECONDS, "a checkpoint", driver.said)
     cluster.network.cut_off(lost)
     assert f"step {NUM_STEPS}/" not in driver.said(), "trained to the end before the cut"
     wait_until(lambda: lost.address not in cluster.alive(), 60, f"{lost.address} counts as dead", cluster.logs)
