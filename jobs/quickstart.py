@@ -115,7 +115,7 @@ class Quickstart:
     def run(self) -> int:
         """From nothing to the report."""
         corpus = self.draw()
-        set_environment()
+        set_environment("127.0.0.1")
         with one_cluster_for_jobs() as self.start_cluster:
             for name, layout in (("captions", "caption"), ("instruct", "chat"), ("heldout", "chat")):
                 self.prepare(name, layout)

@@ -26,7 +26,7 @@ from pipelines.exit_status import INTERRUPTED
 from pipelines.ray_session import largest_cluster, start_ray
 from pipelines.serving.app import build_app
 from pipelines.serving.settings import ServeArgs
-from pipelines.serving.transport import set_environment
+from pipelines.serving.transport import set_environment, wait_until_routed
 
 APPLICATION = "flashsloth"
 REMOVAL_S = 30  # what Serve takes to remove replicas that have ended or have to be killed
@@ -52,31 +52,34 @@ def serve_application(args: ServeArgs, host: str, port: int, request_timeout_s: 
     """
     app = build_app(args)
     _check_port_is_free(host, port)
-    set_environment()
+    set_environment(host)
     start_ray()
     _check_room(args)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # after Ray, which sets a handler of its own that aborts
     try:
-        return _serve(app, HTTPOptions(host=host, port=port, request_timeout_s=request_timeout_s), _address(host, port))
+        return _serve(app, HTTPOptions(host=host, port=port, request_timeout_s=request_timeout_s))
     except KeyboardInterrupt:
         return _let_finish(args.drain_s)
     finally:
         _stop()
 
 
-def _serve(app: Application, options: HTTPOptions, address: str) -> int:
+def _serve(app: Application, options: HTTPOptions) -> int:
     """Start the application and wait for ever; returns only where it does not start."""
+    host = options.host or "127.0.0.1"
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
     try:
         with _ray_unheard():
             serve.start(http_options=options, logging_config=quiet)
             serve.run(app, name=APPLICATION, logging_config=quiet)
+            if not os.environ.get("RAY_ADDRESS"):  # which may listen where this process does not reach it
+                wait_until_routed({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), options.port, "/")
     except RuntimeError as error:  # Serve's word for a replica that did not start
         print(f"error: the service did not start: {_reason(error)}", file=sys.stderr)
         _delete(REMOVAL_S)  # else it stays on a cluster that was joined, and is in the way of the next one
         return 1
-    print(f"serving at http://{address}/v1 (Ctrl-C stops)", flush=True)
+    print(f"serving at http://{_address(host, options.port)}/v1 (Ctrl-C stops)", flush=True)
     while True:
         signal.pause()
 

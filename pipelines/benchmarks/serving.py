@@ -43,7 +43,7 @@ from pipelines.serving.app import build_app
 from pipelines.serving.engine import Encoder, Engine, EngineSettings, Prompt
 from pipelines.serving.sampling import Sampling
 from pipelines.serving.settings import ServeArgs
-from pipelines.serving.transport import set_environment
+from pipelines.serving.transport import set_environment, wait_until_routed
 
 _QUESTION = "What is in the picture?"
 _LENGTHS = (16, 128)
@@ -230,11 +230,13 @@ def _start(args: ServeArgs) -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    set_environment()  # as jobs/serve.py does
+    set_environment("127.0.0.1")  # as jobs/serve.py does
     start_ray(num_cpus=4)
     serve.start(http_options=HTTPOptions(host="127.0.0.1", port=port), logging_config=_QUIET)
     serve.run(build_app(args), name="service", route_prefix="/service", logging_config=_QUIET)
     serve.run(build_static_app(args), name="static", route_prefix="/static", logging_config=_QUIET)
+    for prefix in ("/service", "/static"):
+        wait_until_routed("127.0.0.1", port, prefix)
     return f"http://127.0.0.1:{port}"
 
 
