@@ -15,6 +15,7 @@ from flashsloth.image_processing_flashsloth import ImageError
 from pipelines.annotation.answering import Question
 from pipelines.annotation.parts import Answered
 from pipelines.annotation.settings import EndpointSettings
+from pipelines.serving.completions import fingerprint
 
 _AHEAD = 2  # questions in hand per request under way
 _HASH = "@sha256:"  # between a model's name and its hash
@@ -80,6 +81,7 @@ class EndpointAsker:
             raise EndpointError(f"{self.settings.url}: answers {error.status_code}: {_message(error)}") from error
         except OpenAIError as error:
             raise EndpointError(f"{self.settings.url}: {_cause(error)}") from error
+        self._check_same_model(completion.system_fingerprint)
         choice, usage = completion.choices[0], completion.usage
         spent, given = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
         if choice.message.content is None or choice.finish_reason not in ("stop", "length"):
@@ -89,6 +91,14 @@ class EndpointAsker:
             ended = f"the service's time was over after {given} of {body['max_tokens']} tokens"
             return Answered.failed(f"deadline: {ended}; raise its limits.deadline_s, or lower max_tokens", spent)
         return Answered(choice.message.content, choice.finish_reason, spent, given)
+
+    def _check_same_model(self, found: str | None) -> None:
+        """Make sure that who answers is who the run began with, where the service tells both."""
+        if self.model_hash and found not in (None, expected := fingerprint(self.model_hash)):
+            raise EndpointError(
+                f"{self.settings.url}: {self.model} is another model now: its answers bear {found}, and this run began "
+                f"with {expected}; serve that one again, or write to another output"
+            )
 
     def _answers_others(self) -> bool:
         """Whether the service answers another question: then it is the row at which it fails."""

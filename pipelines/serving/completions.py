@@ -12,18 +12,27 @@ from pipelines.serving.replies import Reply
 DONE = b"data: [DONE]\n\n"
 
 
+def fingerprint(model_hash: str) -> str:
+    """What tells clients that another model answers: a beginning of its hash, in the field that OpenAI has for it."""
+    return f"fp_{model_hash[:16]}"
+
+
 class Completion:
     """One answer on its way out.
 
     Args:
         request_id: becomes a part of the answer's own id.
         model_name: as the client knows it.
+        model_hash: of the checkpoint.
         num_prompt_tokens: visual tokens included.
         include_usage: let a stream end with its usage, which is null in all chunks before.
     """
 
-    def __init__(self, request_id: str, model_name: str, num_prompt_tokens: int, include_usage: bool) -> None:
+    def __init__(
+        self, request_id: str, model_name: str, model_hash: str, num_prompt_tokens: int, include_usage: bool
+    ) -> None:
         self._common = {"id": f"chatcmpl-{request_id}", "created": int(time.time()), "model": model_name}
+        self._common["system_fingerprint"] = fingerprint(model_hash)
         self._num_prompt_tokens = num_prompt_tokens
         self._include_usage = include_usage
 

@@ -55,7 +55,9 @@ def build_http(service: Service) -> FastAPI:
             # Serve's proxy gives every request an id, the client's own where it sent one, and returns it as a header.
             request_id = request.headers.get("x-request-id") or uuid.uuid4().hex
             num_prompt_tokens = len(question.prompt.input_ids)
-            completion = Completion(request_id, service.model_name, num_prompt_tokens, question.include_usage)
+            completion = Completion(
+                request_id, service.model_name, service.model_hash, num_prompt_tokens, question.include_usage
+            )
             visit.sent()
             if question.is_stream:
                 return await _stream(service, visit, question, completion)

@@ -17,6 +17,7 @@ from pipelines.annotation.endpoint import EndpointError, served_model
 from pipelines.annotation.questions import row_seed
 from pipelines.annotation.settings import EndpointSettings
 from pipelines.preparation.sources import PlanError
+from pipelines.serving.completions import fingerprint
 from tests.annotation import annotate_here, annotate_settings, rows_of
 from tests.corpus import encoded, picture, write_corpus
 
@@ -244,6 +245,24 @@ def test_hash_of_the_model_is_kept_where_the_service_tells_it(
     monkeypatch.setattr(annotate_module, "start_ray", lambda: pytest.fail("it went on"))
     with pytest.raises(PlanError, match=f"other terms: model: was '{model}', now 'endpoint:tiny@sha256:{'cd' * 32}'"):
         annotate_module.annotate(asked)
+
+
+def test_another_model_that_takes_over_while_a_run_asks_ends_it(corpus: Path, service: Service) -> None:
+    """What the first one answered is kept; by the time the run goes on, the list tells of the second one."""
+    service.hashes = {"tiny": "ab" * 32}
+    service.reply = lambda number, _: (
+        200,
+        completion("Yes.") | {"system_fingerprint": fingerprint(("ab" if number < 4 else "cd") * 32)},
+    )
+    asked = settings(corpus, service.url)
+    bears, began = "fp_cdcdcdcdcdcdcdcd", "fp_abababababababab"
+    with pytest.raises(
+        EndpointError, match=f"tiny is another model now: its answers bear {bears}, .* began with {began}"
+    ):
+        annotate_here(asked)
+    service.reply = lambda number, _: (200, completion("Yes.") | {"system_fingerprint": began})
+    assert annotate_here(asked).errors == {}
+    assert [each["key"] for each in rows_of(asked.output)] == [f"corpus:{number}" for number in range(NUM_ROWS)]
 
 
 def test_nobody_there(service: Service) -> None:

@@ -27,6 +27,7 @@ def test_an_answer_has_the_shape_of_a_completion(client: TestClient, backend: Ba
     (expected,) = backend.engine.generate([prompt])
     assert answer["id"] == "chatcmpl-mine-1"
     assert (answer["object"], answer["model"]) == ("chat.completion", "tiny")
+    assert answer["system_fingerprint"] == "fp_abababababababab"  # of the model's hash
     (choice,) = answer["choices"]
     assert choice["message"] == {"role": "assistant", "content": expected.text}
     assert choice["finish_reason"] == expected.finish_reason
@@ -132,7 +133,8 @@ def test_a_stream_adds_up_to_the_whole_answer(client: TestClient) -> None:
     whole = post(client, max_tokens=20).json()
     _, events = stream(client, max_tokens=20, stream_options={"include_usage": True})
     assert {event["object"] for event in events} == {"chat.completion.chunk"}
-    assert len({(event["id"], event["created"], event["model"]) for event in events}) == 1
+    common = ("id", "created", "model", "system_fingerprint")
+    assert len({tuple(event[name] for name in common) for event in events}) == 1
     *chunks, usage = events
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
     assert deltas[0] == {"role": "assistant", "content": ""}
