@@ -10,7 +10,7 @@ import argparse
 import difflib
 import sys
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, get_args, get_origin
 
 import fsspec
 import yaml
@@ -35,6 +35,15 @@ class JobSettings(BaseSettings):
         cli_hide_none_type=True,
         nested_model_default_partial_update=True,
     )
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """A list of sections is one flag, so `--help` has no line for what each of them takes: it is told there."""
+        super().__pydantic_init_subclass__(**kwargs)
+        for field in cls.model_fields.values():
+            items = get_args(field.annotation) if get_origin(field.annotation) is list else ()
+            if items and isinstance(items[0], type) and issubclass(items[0], Section):
+                field.description = f"{field.description} Fields of each: {_describe(items[0])}"
 
     @classmethod
     def settings_customise_sources(
@@ -75,6 +84,15 @@ def load_settings(settings_class: type[Settings], argv: list[str] | None = None,
 def dump_settings(settings: BaseModel) -> str:
     """The resolved settings as YAML, to be stored beside what they produced."""
     return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
+
+
+def _describe(section: type[Section]) -> str:
+    """The fields of a section, each with the first sentence of what is said of it."""
+    told = []
+    for name, field in section.model_fields.items():
+        first = " ".join((field.description or "").split()).split(". ")[0].split("; ")[0].rstrip(".")
+        told.append(f"{name} ({'required' if field.is_required() else f'default: {field.default!r}'}): {first}")
+    return "; ".join(told) + "."
 
 
 def _usage(prog: str | None) -> str:

@@ -13,6 +13,7 @@ import pytest
 
 from jobs.prepare import main
 from pipelines import storage
+from pipelines.preparation.settings import SourceSettings
 from pipelines.shards import Manifest, ShardedDataset
 from tests.corpus import bad_rows, row, write_corpus, write_processor
 from tests.preparation import begin, do_chunk, prepare_here, prepare_settings
@@ -48,6 +49,15 @@ def test_each_command_explains_itself(command: str, capsys: pytest.CaptureFixtur
 def test_a_folder_that_is_no_dataset_is_named(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, str(tmp_path)]) == 1
     assert capsys.readouterr().err.startswith(f"error: {tmp_path}: no ")
+
+
+def test_help_tells_what_a_source_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    for name, field in SourceSettings.model_fields.items():
+        assert f"{name} ({'required' if field.is_required() else f'default: {field.default!r}'}): " in told
+    assert "How its rows are written: llava, sharegpt, messages," in told
 
 
 def test_verify_passes_what_was_written(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
