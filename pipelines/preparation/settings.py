@@ -21,8 +21,8 @@ class SourceSettings(Section):
     """A corpus: one file, or several of one format."""
 
     path: str
-    """A corpus file: a local path or a URI (s3://bucket/blip_laion_cc_sbu_558k.json, also of gs:// and hf://); with * or ?
-    in it, all files that it matches, in the order of their names (hf://datasets/USER/NAME/data/*.parquet)."""
+    """A corpus file: a local path or a URI (s3://bucket/blip_laion_cc_sbu_558k.json, also of gs:// and hf://); with
+    * or ? in it, all files that it matches, in the order of their names (hf://datasets/USER/NAME/data/*.parquet)."""
     format: str = "llava"
     """How its rows are written: llava, sharegpt, messages, questions, parquet, webdataset or images; see
     pipelines/corpora."""
