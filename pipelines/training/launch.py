@@ -248,5 +248,10 @@ def _ray_storage(uri: str) -> tuple[pyarrow.fs.FileSystem | None, str]:
     filesystem = pyarrow.fs.S3FileSystem(
         endpoint_override=os.environ.get("AWS_ENDPOINT_URL"),
         region=os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"),
+        # As patient as `pipelines.storage`. By its default, three seconds without a byte are an error, three of which
+        # would end the run: Ray's controller writes down there which checkpoints there are.
+        connect_timeout=10,
+        request_timeout=30,
+        retry_strategy=pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=6),
     )
     return filesystem, uri.split("://", 1)[1]
