@@ -222,13 +222,20 @@ class _OpenShard:
         path = Path(self._path(entry))
         check_size(entry, self._uri(entry), path)
         descriptor = os.open(path, os.O_RDONLY)
-        if self._number not in self._dataset._checked:
-            head, foot = (memoryview(os.pread(descriptor, len(part), part.start)) for part in frame(entry))
-            if not is_framed(entry, head, foot):
-                os.close(descriptor)
-                raise damage(entry, self._uri(entry), "its head or foot", path.read_bytes())
-            self._dataset._checked.add(self._number)
+        try:
+            self._check_frame(entry, path, descriptor)
+        except BaseException:
+            os.close(descriptor)
+            raise
         return descriptor
+
+    def _check_frame(self, entry: ShardEntry, path: Path, descriptor: int) -> None:
+        if self._number in self._dataset._checked:
+            return
+        head, foot = (memoryview(os.pread(descriptor, len(part), part.start)) for part in frame(entry))
+        if not is_framed(entry, head, foot):
+            raise damage(entry, self._uri(entry), "its head or foot", path.read_bytes())
+        self._dataset._checked.add(self._number)
 
     def _map(self, entry: ShardEntry) -> pa.MemoryMappedFile:
         source = pa.memory_map(self._path(entry))
