@@ -94,7 +94,7 @@ def cluster() -> Iterator[Cluster]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_a_training_job_is_submitted_to_a_cluster_started_by_hand(
     cluster: Cluster, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -78,7 +78,7 @@ def runs(tmp_path: Path) -> Iterator[Runs]:
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_interrupted_then_finished_then_repeated(runs: Runs) -> None:
     process = runs.start()
     for line in process.stdout:

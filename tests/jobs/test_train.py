@@ -102,7 +102,7 @@ def test_more_workers_than_the_cluster_can_ever_give_are_refused_with_both_numbe
 
 @pytest.mark.ray
 @pytest.mark.s3
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_a_run_on_an_object_store_saves_and_ends_at_sigterm_and_goes_on_from_there(s3_uri, flags, processor):
     """As anyone would run it: a process of its own, which starts its own cluster."""
     data = write_prepared(f"{s3_uri}/data", coloured_rows(12), processor, layout="caption")

@@ -21,7 +21,7 @@ from tests.fixtures.tiny import build_processor, build_tiny_model
 from tests.prepared import coloured_rows, write_prepared
 from tests.training_ranks import train_on
 
-pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.timeout(1800)]
 
 NUM_STEPS = 90
 CHECKPOINT_EVERY = 15

@@ -18,7 +18,7 @@ import pytest
 from tests.training import completed, losses, recipe, write_data
 from tests.training_ranks import train_on
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 
 NOTICE_S = 10
 """Between the notice that a node will be taken away and its end."""

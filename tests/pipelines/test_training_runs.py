@@ -27,7 +27,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_data(tmp_path_factory.mktemp("prepared"))
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_a_run_survives_a_kill_a_hang_and_a_damaged_checkpoint_bit_for_bit(
     ray_session: None, prepared: Path, tmp_path: Path
 ) -> None:
