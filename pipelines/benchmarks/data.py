@@ -12,7 +12,13 @@ import ray
 from pydantic import Field
 
 from pipelines import storage
-from pipelines.benchmarks.data_tables import growth_table, preparing_table, reading_table, sharing_table
+from pipelines.benchmarks.data_tables import (
+    growth_table,
+    preparing_table,
+    reading_table,
+    share_of_cores_left,
+    sharing_table,
+)
 from pipelines.benchmarks.growth import grown
 from pipelines.benchmarks.image_sharing import measure_sharing
 from pipelines.benchmarks.machine import describe_machine, num_cores
@@ -117,6 +123,9 @@ class _Bench:
         for name in ours:
             share = rounds.ratio(name, BARE, "rows_per_s").median / cores
             self._bound(f"{name}: share of {BARE} x {cores}", share, at_least=0.85)
+            if name == S3:
+                share = share_of_cores_left(rounds, name, BARE, cores).median
+                self._bound(f"{name}: share of {BARE} x cores that the store left", share, at_least=0.85)
             # What the cores of a machine do together, where they share caches or are threads of one core.
             share = rounds.ratio(name, LOOPS, "rows_per_s").median
             self._bound(f"{name}: share of {LOOPS}", share, at_least=0.85)

@@ -24,6 +24,7 @@ def preparing_table(rounds: Rounds, cores: int, bare: str, again: Mapping[str, f
                 f"{rounds.spread(name, 'cpu_ms_per_row').median:.2f}",
                 _percent(useful) if name != bare else "",
                 f"{Spread.of([_busy(each[name]) for each in rounds.figures]).median:.2f}",
+                _percent(share_of_cores_left(rounds, name, bare, cores)) if name != bare else "",
             ]
         )
     seconds = ", ".join(f"{name} {each:.2f} s" for name, each in again.items())
@@ -36,6 +37,7 @@ def preparing_table(rounds: Rounds, cores: int, bare: str, again: Mapping[str, f
             "CPU ms/image",
             f"{bare}'s CPU by it",
             "cores busy",
+            f"of {bare} x cores that others left",
         ],
         rows=rows,
         notes=[
@@ -43,9 +45,21 @@ def preparing_table(rounds: Rounds, cores: int, bare: str, again: Mapping[str, f
             "writes it as Arrow files and hashes them, without receipts, and without waiting for the disk.",
             f"A second run over the finished corpus decodes nothing: {seconds}.",
             "CPU: of the process and all that it started, Ray's own processes included; a store's is not. Cores busy: "
-            "with anything at all, a store on this machine included.",
+            "with anything at all, a store on this machine included. Others: what was busy and is not of the "
+            "contestant, such as that store.",
         ],
     )
+
+
+def share_of_cores_left(rounds: Rounds, name: str, bare: str, cores: int) -> Spread:
+    """The rate of `name` by that of `bare` x the cores that were not busy with others, such as a store that it uses."""
+
+    def share(each: Mapping[str, Figures]) -> float:
+        figures = each[name]
+        others = (figures["machine_cpu_s"] - figures["cpu_s"]) / figures["seconds"]
+        return figures["rows_per_s"] / (each[bare]["rows_per_s"] * (cores - max(others, 0.0)))
+
+    return Spread.of([share(each) for each in rounds.figures])
 
 
 def growth_table(rounds: Rounds) -> Table:
