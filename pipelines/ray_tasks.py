@@ -17,6 +17,7 @@ from ray.data import DataContext, Dataset
 from ray.data._internal.execution.resource_manager import ResourceManager
 from ray.exceptions import (
     ActorDiedError,
+    ActorUnavailableError,
     NodeDiedError,
     ObjectStoreFullError,
     OutOfDiskError,
@@ -32,7 +33,7 @@ WHOLE_BLOCK: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
 """Arguments of `map_batches` that hand in a block as it is."""
 CRASHES = 3
 """Workers that a chunk may cost by a fault of a machine; one more is its own fault. Ray Data would go on for ever."""
-CRASHED = (WorkerCrashedError, OutOfMemoryError, ActorDiedError, NodeDiedError)
+CRASHED = (WorkerCrashedError, OutOfMemoryError, ActorDiedError, ActorUnavailableError, NodeDiedError)
 """What Ray says of a task whose process was lost."""
 _DEVICE_TRIES = 3
 _LOUD_LOGGERS = ("exceptions", "_internal.execution.streaming_executor_state", "_internal.progress")

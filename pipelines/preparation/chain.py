@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -90,7 +90,7 @@ def run_chunks(
             receipts = samples.map_batches(partial(write_chunk, work=work), **_TASK)
         else:
             receipts = chunks.map_batches(partial(make_and_write, work=work), num_cpus=_cpus(len(items)), **_TASK)
-    return _named(plan, pending, work, map(Receipt.model_validate_json, column(receipts, "receipt")))
+    return _named(plan, pending, work, encoder, map(Receipt.model_validate_json, column(receipts, "receipt")))
 
 
 @carried
@@ -105,7 +105,9 @@ def make_and_write(chunks: pa.Table, work: Work) -> pa.Table:
     return write_chunk(make_samples(chunks, work), work)
 
 
-def _named(plan: Plan, pending: list[int], work: Work, receipts: Iterator[Receipt]) -> Iterator[Receipt]:
+def _named(
+    plan: Plan, pending: list[int], work: Work, encoder: EncoderSettings | None, receipts: Iterator[Receipt]
+) -> Iterator[Receipt]:
     """`receipts`. Where workers died of a chunk, finds out of which: Ray does not say."""
     left = dict.fromkeys(pending)
     try:
@@ -116,7 +118,7 @@ def _named(plan: Plan, pending: list[int], work: Work, receipts: Iterator[Receip
         # Chunks begin in their order, so it is one of the first that are left.
         for number in islice(left, _SUSPECTS):
             chunk = plan.chunks[number]
-            if _is_deadly(chunk, number, work):
+            if _is_deadly(chunk, number, work, encoder):
                 source = plan.terms.sources[chunk.source]
                 raise CrashError(
                     f"source '{source.name}': {source.path}: workers die of chunk {number}, {chunk.rows} rows from row "
@@ -126,10 +128,12 @@ def _named(plan: Plan, pending: list[int], work: Work, receipts: Iterator[Receip
         raise
 
 
-def _is_deadly(chunk: Chunk, number: int, work: Work) -> bool:
-    """Whether a worker dies of `chunk`, made once more and alone."""
+def _is_deadly(chunk: Chunk, number: int, work: Work, encoder: EncoderSettings | None) -> bool:
+    """Whether a worker dies of `chunk`, made once more and alone, and put through the tower where there is one."""
+    tower = partial(FeatureActor, encoder) if encoder else None
+    make = ray.remote(_make_only).options(max_retries=0, **(_share(encoder) if encoder else {}))
     try:
-        ray.get(ray.remote(_make_only).options(max_retries=0).remote({"number": number, **chunk.model_dump()}, work))
+        ray.get(make.remote({"number": number, **chunk.model_dump()}, work, tower))
     except CRASHED:
         return True
     except RayError:  # a fault of another kind, which is not what is looked for
@@ -137,8 +141,10 @@ def _is_deadly(chunk: Chunk, number: int, work: Work) -> bool:
     return False
 
 
-def _make_only(chunk: dict[str, int], work: Work) -> None:
-    make_samples(pa.Table.from_pylist([chunk]), work)
+def _make_only(chunk: dict[str, int], work: Work, tower: Callable[[], FeatureActor] | None) -> None:
+    samples = make_samples(pa.Table.from_pylist([chunk]), work)
+    if tower:
+        tower()(samples)
 
 
 class FeatureActor:
@@ -236,9 +242,13 @@ def _cpus(num_chunks: int) -> float:
 
 def _actors(encoder: EncoderSettings) -> dict[str, Any]:
     num_gpus = ray.cluster_resources().get("GPU", 0)
-    share = {"num_gpus": encoder.num_gpus} if num_gpus else {"num_cpus": 1}
     return {
         "max_task_retries": CRASHES,
         "compute": ActorPoolStrategy(min_size=encoder.min_workers, max_size=encoder.most(num_gpus)),
-        **share,
+        **_share(encoder),
     }
+
+
+def _share(encoder: EncoderSettings) -> dict[str, float]:
+    """What a process that holds the tower takes of the cluster."""
+    return {"num_gpus": encoder.num_gpus} if ray.cluster_resources().get("GPU", 0) else {"num_cpus": 1}

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow as pa
 import pytest
 import ray
 import ray.cluster_utils
 
 from pipelines import storage
-from pipelines.preparation.chain import run_chunks
+from pipelines.preparation import chain
+from pipelines.preparation.chain import FeatureActor, run_chunks
 from pipelines.preparation.processor import load_processor
 from pipelines.preparation.row_images import source_files
 from pipelines.prepare import prepare
@@ -150,3 +152,27 @@ def test_a_row_that_kills_its_worker_ends_the_run_and_is_named(corpus: Path) -> 
         for receipt in run:
             ledger.commit(receipt)
     assert 1 not in ledger.receipts
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_chunk_that_kills_who_holds_the_tower_is_named(
+    corpus: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Deadly(FeatureActor):
+        def __call__(self, samples: pa.Table) -> pa.Table:
+            if "corpus:6" in samples["key"].to_pylist():
+                os._exit(139)
+            return super().__call__(samples)
+
+    monkeypatch.setattr(chain, "FeatureActor", Deadly)
+    sources = [{"path": str(corpus / "corpus.jsonl"), "image_root": str(corpus)}]
+    encoder = {"path": str(tiny_checkpoint), "min_workers": 1, "max_workers": 1}
+    settings = prepare_settings(corpus, sources=sources, payload="features", encoder=encoder)
+    ledger, _ = begin(settings)
+    files = source_files(ledger.plan.terms.sources)
+    processor = load_processor(settings)
+    run = run_chunks(ledger.plan, ledger.pending, files, settings.output, processor, settings.encoder, None)
+    with pytest.raises(
+        CrashError, match=r"source 'corpus': .*corpus\.jsonl: workers die of chunk 1, 4 rows from row 4"
+    ):
+        list(run)
