@@ -4,7 +4,7 @@ S3's endpoint, region and keys come from the environment (`AWS_ENDPOINT_URL`, `A
 `AWS_SECRET_ACCESS_KEY`), or from the machine's role; they are never arguments, so they reach no recipe and no log.
 
 Every object is written whole or not at all: an object store publishes a PUT when it is complete, and a local file is
-written beside its place and renamed into it.
+written beside its place and moved there (`pipelines.storage_disk`).
 
 Every wait is bounded, transient faults are tried again with jitter, and what fails for good names its object
 (`pipelines.storage_faults`).
@@ -13,20 +13,18 @@ Every wait is bounded, transient faults are tried again with jitter, and what fa
 from __future__ import annotations
 
 import base64
-import errno
 import hashlib
 import io
 import os
-import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import fsspec
-import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 
+from pipelines.storage_disk import create_file, replace_file
 from pipelines.storage_faults import StorageError, naming, pause, s3_error, whole_body
 
 _THREADS = 16  # an object store answers in tens of milliseconds
@@ -52,11 +50,6 @@ _STAMPS = ("ETag", "etag", "blob_id", "mtime", "LastModified", "last_modified", 
 _CREATE_TRIES = 6
 _CONFLICTS = ("ConditionalRequestConflict", "OperationAborted")
 _ONE_PUT = 5 * 2**30  # the largest object that S3 takes in one request, which leaves no parts behind when it fails
-# A local file this large is no part of the page cache once it is on the disk. What reads it comes much later, and else
-# every shard would be written to memory that nobody has used before: on a virtual machine, ten times the cost of
-# writing it. Where the data begins at a page and the file system can, it goes past the page cache from the start.
-_UNCACHED = 2**20
-_PAGE = 4096  # bytes; a multiple of every disk's block
 
 
 def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -234,8 +227,7 @@ def write_bytes(uri: str, data: bytes | memoryview, digest: str | None = None) -
         if not isinstance(file_system, LocalFileSystem):
             file_system.pipe_file(path, bytes(data), **_in_one_put(file_system, digest or sha256(data)))
             return
-        temporary = _write_beside(Path(path), data)
-        os.replace(temporary, path)
+        replace_file(Path(path), data)
 
 
 def put_if_absent(uri: str, data: bytes) -> bool:
@@ -311,7 +303,7 @@ def _create(uri: str, data: bytes) -> bool:
     file_system, path = filesystem(uri)
     with naming(uri):
         if isinstance(file_system, LocalFileSystem):
-            return _link_if_absent(Path(path), data)
+            return create_file(Path(path), data)
         for attempt in range(1, _CREATE_TRIES + 1):
             try:
                 # Sends If-None-Match: *. S3 answers 412 where an object is, 409 where another write is under way.
@@ -343,52 +335,3 @@ def _in_one_put(file_system: fsspec.AbstractFileSystem, digest: str) -> dict[str
     if not _is_s3(file_system):
         return {}
     return {"chunksize": _ONE_PUT, "ChecksumSHA256": base64.b64encode(bytes.fromhex(digest)).decode()}
-
-
-def _link_if_absent(path: Path, data: bytes) -> bool:
-    temporary = _write_beside(path, data)
-    try:
-        os.link(temporary, path)  # fails where the name exists, so the whole file appears at once and only once
-    except FileExistsError:
-        return False
-    finally:
-        temporary.unlink()
-    return True
-
-
-def _write_beside(path: Path, data: bytes | memoryview) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-    try:
-        done = _write_past_cache(temporary, data)
-        with temporary.open("ab") as file:
-            file.write(memoryview(data)[done:])
-            file.flush()
-            os.fsync(file.fileno())  # a receipt must not outlive, in a power cut, the shard that it vouches for
-            if len(data) >= _UNCACHED and hasattr(os, "posix_fadvise"):  # Linux
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return temporary
-
-
-def _write_past_cache(path: Path, data: bytes | memoryview) -> int:
-    """Write what of `data` can go straight from its pages to the disk to the new file `path`; returns how much."""
-    whole_pages = len(data) // _PAGE * _PAGE
-    is_aligned = np.frombuffer(data, np.uint8).ctypes.data % _PAGE == 0 if data else False
-    if len(data) < _UNCACHED or not is_aligned or not hasattr(os, "O_DIRECT"):  # Linux has it
-        return 0
-    try:
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_DIRECT, 0o666)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # so file systems say that they cannot
-            raise
-        return 0
-    done = 0
-    try:
-        while done < whole_pages:
-            done += os.write(file, memoryview(data)[done:whole_pages])
-    finally:
-        os.close(file)
-    return done

@@ -1,0 +1,71 @@
+"""Files of a local disk, written whole or not at all: beside their place, then moved there."""
+
+from __future__ import annotations
+
+import errno
+import os
+import uuid
+from pathlib import Path
+
+import numpy as np
+
+# A local file this large is no part of the page cache once it is on the disk. What reads it comes much later, and else
+# every shard would be written to memory that nobody has used before: on a virtual machine, ten times the cost of
+# writing it. Where the data begins at a page and the file system can, it goes past the page cache from the start.
+_UNCACHED = 2**20
+_PAGE = 4096  # bytes; a multiple of every disk's block
+
+
+def replace_file(path: Path, data: bytes | memoryview) -> None:
+    """Write the file `path`, replacing what is there. Raises OSError: the disk is full, or the place is closed."""
+    os.replace(_write_beside(path, data), path)
+
+
+def create_file(path: Path, data: bytes) -> bool:
+    """Write the file `path` unless there is one; whether it was written. Raises: as `replace_file`."""
+    temporary = _write_beside(path, data)
+    try:
+        os.link(temporary, path)  # fails where the name exists, so the whole file appears at once and only once
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink()
+    return True
+
+
+def _write_beside(path: Path, data: bytes | memoryview) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        done = _write_past_cache(temporary, data)
+        with temporary.open("ab") as file:
+            file.write(memoryview(data)[done:])
+            file.flush()
+            os.fsync(file.fileno())  # a receipt must not outlive, in a power cut, the shard that it vouches for
+            if len(data) >= _UNCACHED and hasattr(os, "posix_fadvise"):  # Linux
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return temporary
+
+
+def _write_past_cache(path: Path, data: bytes | memoryview) -> int:
+    """Write what of `data` can go straight from its pages to the disk to the new file `path`; returns how much."""
+    whole_pages = len(data) // _PAGE * _PAGE
+    is_aligned = np.frombuffer(data, np.uint8).ctypes.data % _PAGE == 0 if data else False
+    if len(data) < _UNCACHED or not is_aligned or not hasattr(os, "O_DIRECT"):  # Linux has it
+        return 0
+    try:
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_DIRECT, 0o666)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # so file systems say that they cannot
+            raise
+        return 0
+    done = 0
+    try:
+        while done < whole_pages:
+            done += os.write(file, memoryview(data)[done:whole_pages])
+    finally:
+        os.close(file)
+    return done
