@@ -22,6 +22,7 @@ pytest_plugins = [
     "tests.fixtures.fault_proxy",
     "tests.fixtures.small_disk",
     "tests.fixtures.tiny",
+    "tests.fixtures.batches",
     "tests.fixtures.http_service",
 ]
 

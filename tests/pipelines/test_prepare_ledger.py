@@ -17,7 +17,7 @@ from pipelines.shards import Manifest
 from pipelines.shards.receipts import AccountingError, QuarantinedRow, Receipt, keys_digest
 from pipelines.shards.schema import SAMPLE_SCHEMA
 from pipelines.shards.writer import write_shard
-from tests.pipelines.test_shards import sample
+from tests.shards import sample
 
 PLACES = ["local", pytest.param("s3", marks=pytest.mark.s3)]
 

@@ -26,11 +26,6 @@ def processor() -> FlashSlothProcessor:
     return build_processor()
 
 
-@pytest.fixture
-def build(processor: FlashSlothProcessor) -> Callable[..., ContinuousBatch]:
-    return lambda **settings: ContinuousBatch(build_tiny_model(processor), processor, EngineSettings(**settings))
-
-
 @pytest.mark.parametrize("tiling", ["base", "hd"])
 @pytest.mark.parametrize("seed", range(3))
 def test_any_order_of_arrival_gives_the_tokens_of_one_by_one_generate(tiling: str, seed: int) -> None:
@@ -70,13 +65,13 @@ def test_any_order_of_arrival_gives_the_tokens_of_one_by_one_generate(tiling: st
 
 
 def test_a_seed_gives_the_same_draw_in_any_company(
-    processor: FlashSlothProcessor, build: Callable[..., ContinuousBatch]
+    processor: FlashSlothProcessor, build_batch: Callable[..., ContinuousBatch]
 ) -> None:
     prompts = mixed_prompts(processor)
     guest = sampled(prompts[3], max_tokens=10, temperature=1.3, top_p=0.9, seed=7)
-    (alone,) = run(build(), [guest])
+    (alone,) = run(build_batch(), [guest])
     for seed in range(4):
-        source, batch = random.Random(seed), build(max_slots=4)
+        source, batch = random.Random(seed), build_batch(max_slots=4)
         others = [sampled(p, temperature=source.choice([0, 0.7]), top_p=source.choice([1, 0.8])) for p in prompts]
         for prompt in source.sample(others, 3):
             batch.submit(prompt)
@@ -88,13 +83,13 @@ def test_a_seed_gives_the_same_draw_in_any_company(
         while batch.busy:
             batch.step()
         assert late.answer == alone
-    assert run(build(), [sampled(guest, seed=8)]) != [alone]
+    assert run(build_batch(), [sampled(guest, seed=8)]) != [alone]
 
 
 def test_a_cancelled_request_frees_its_slot_within_one_step(
-    processor: FlashSlothProcessor, build: Callable[..., ContinuousBatch]
+    processor: FlashSlothProcessor, build_batch: Callable[..., ContinuousBatch]
 ) -> None:
-    batch = build(max_slots=2)
+    batch = build_batch(max_slots=2)
     prompts = mixed_prompts(processor, max_tokens=200)
     senders = [Sender(batch.submit(prompt)) for prompt in prompts[:3]]
     for _ in range(3):
@@ -111,9 +106,9 @@ def test_a_cancelled_request_frees_its_slot_within_one_step(
 
 
 def test_a_cancelled_request_leaves_the_queue_without_a_slot(
-    processor: FlashSlothProcessor, build: Callable[..., ContinuousBatch]
+    processor: FlashSlothProcessor, build_batch: Callable[..., ContinuousBatch]
 ) -> None:
-    batch = build(max_slots=1)
+    batch = build_batch(max_slots=1)
     first, second = (Sender(batch.submit(prompt)) for prompt in mixed_prompts(processor, max_tokens=50)[:2])
     batch.step()
     second.ticket.cancel()
@@ -123,11 +118,11 @@ def test_a_cancelled_request_leaves_the_queue_without_a_slot(
 
 
 def test_a_deadline_ends_an_answer_where_it_is_and_a_request_that_still_waits(
-    processor: FlashSlothProcessor, build: Callable[..., ContinuousBatch], monkeypatch: pytest.MonkeyPatch
+    processor: FlashSlothProcessor, build_batch: Callable[..., ContinuousBatch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    batch = build(max_slots=1)
+    batch = build_batch(max_slots=1)
     prompt = mixed_prompts(processor, max_tokens=50)[0]
     running = Sender(batch.submit(sampled(prompt, deadline_s=5.0)))
     waiting = Sender(batch.submit(sampled(prompt, deadline_s=4.0)))
@@ -145,10 +140,10 @@ def test_a_deadline_ends_an_answer_where_it_is_and_a_request_that_still_waits(
 
 
 def test_waiting_prompts_do_not_stall_those_that_run(
-    processor: FlashSlothProcessor, build: Callable[..., ContinuousBatch], monkeypatch: pytest.MonkeyPatch
+    processor: FlashSlothProcessor, build_batch: Callable[..., ContinuousBatch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between two decode steps, no more is read than the budgets say, and every step decodes."""
-    batch = build(max_slots=16, prefill_tokens=250, image_batch_size=2)
+    batch = build_batch(max_slots=16, prefill_tokens=250, image_batch_size=2)
     encoder, source = Encoder(processor), random.Random(0)
     groups: list[Sequence[Prompt]] = []
     prefill = batch.decoder.prefill
@@ -175,9 +170,9 @@ def test_waiting_prompts_do_not_stall_those_that_run(
 
 
 def test_images_are_encoded_once_for_all_who_ask_about_them(
-    processor: FlashSlothProcessor, build: Callable[..., ContinuousBatch]
+    processor: FlashSlothProcessor, build_batch: Callable[..., ContinuousBatch]
 ) -> None:
-    batch = build()
+    batch = build_batch()
     prompts = mixed_prompts(processor)
     together = run(batch, prompts)
     assert (batch.stats().images_encoded, batch.stats().image_cache_hits) == (4, 1)
@@ -186,9 +181,9 @@ def test_images_are_encoded_once_for_all_who_ask_about_them(
     assert batch.stats().prefill_tokens == 2 * sum(len(prompt.input_ids) for prompt in prompts)
 
 
-def test_a_full_queue_refuses(processor: FlashSlothProcessor, build: Callable[..., ContinuousBatch]) -> None:
+def test_a_full_queue_refuses(processor: FlashSlothProcessor, build_batch: Callable[..., ContinuousBatch]) -> None:
     """Slots that are free count: as many may come at once as find one, and `max_waiting` more."""
-    batch = build(max_slots=3, max_waiting=2)
+    batch = build_batch(max_slots=3, max_waiting=2)
     prompts = [sampled(prompt, max_tokens=20) for prompt in mixed_prompts(processor)]
     for prompt in prompts[:5]:
         assert not batch.full
@@ -230,45 +225,45 @@ def spoiled(prompt: Prompt, what: str) -> Prompt:
     ],
 )
 def test_a_prompt_that_can_never_be_answered_is_refused(
-    processor: FlashSlothProcessor, build: Callable[..., ContinuousBatch], what: str, message: str
+    processor: FlashSlothProcessor, build_batch: Callable[..., ContinuousBatch], what: str, message: str
 ) -> None:
-    batch = build()
+    batch = build_batch()
     with pytest.raises(ValueError, match=message):
         batch.submit(spoiled(mixed_prompts(processor)[0], what))
     assert not batch.busy
 
 
 def test_a_missing_image_is_not_made_up_for_by_somebody_elses(
-    processor: FlashSlothProcessor, build: Callable[..., ContinuousBatch]
+    processor: FlashSlothProcessor, build_batch: Callable[..., ContinuousBatch]
 ) -> None:
     """In one batch their numbers would match, and one would read the other's picture."""
-    batch, prompts = build(), mixed_prompts(processor)
+    batch, prompts = build_batch(), mixed_prompts(processor)
     surplus = replace(prompts[1], pixel_values=prompts[0].pixel_values)
     with pytest.raises(ValueError, match="0 image placeholders stand in input_ids, the image gives 9"):
         batch.submit(surplus)
 
 
 def test_a_prompt_that_just_fits_is_answered(
-    processor: FlashSlothProcessor, build: Callable[..., ContinuousBatch]
+    processor: FlashSlothProcessor, build_batch: Callable[..., ContinuousBatch]
 ) -> None:
     prompt = mixed_prompts(processor)[0]
     longest = len(prompt.input_ids) + 40
-    (answer,) = run(build(max_length=longest), [sampled(prompt, max_tokens=40)])
+    (answer,) = run(build_batch(max_length=longest), [sampled(prompt, max_tokens=40)])
     assert len(answer.token_ids) == 40
     with pytest.raises(ValueError, match=f"a slot holds {longest}"):
-        build(max_length=longest).submit(sampled(prompt, max_tokens=41))
+        build_batch(max_length=longest).submit(sampled(prompt, max_tokens=41))
 
 
 def test_an_answer_that_shrinks_has_what_its_prompt_leaves_of_a_slot(
-    processor: FlashSlothProcessor, build: Callable[..., ContinuousBatch]
+    processor: FlashSlothProcessor, build_batch: Callable[..., ContinuousBatch]
 ) -> None:
     """And is the beginning of the one that a larger slot would have held."""
     prompt = mixed_prompts(processor)[0]
     room = len(prompt.input_ids) + 40
     asked = sampled(prompt, max_tokens=50, shrinks=True)
-    (cut,), (whole,) = run(build(max_length=room), [asked]), run(build(), [asked])
+    (cut,), (whole,) = run(build_batch(max_length=room), [asked]), run(build_batch(), [asked])
     assert (len(cut.token_ids), cut.finish_reason, len(whole.token_ids)) == (40, "length", 50)
     assert cut.token_ids == whole.token_ids[:40]
-    batch = build(max_length=len(prompt.input_ids))
+    batch = build_batch(max_length=len(prompt.input_ids))
     with pytest.raises(ValueError, match=r"leave no room for an answer in a slot, which holds \d+: shorten the prompt"):
         batch.submit(asked)

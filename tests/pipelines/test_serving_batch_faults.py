@@ -13,22 +13,16 @@ from flashsloth import FlashSlothProcessor
 from pipelines.serving import batch as batch_module
 from pipelines.serving.answers import Chunk
 from pipelines.serving.batch import ContinuousBatch
-from pipelines.serving.engine_settings import EngineSettings
 from pipelines.serving.prompts import Prompt
 from pipelines.serving.tickets import Row, Ticket
 from tests.batches import Sender, run
-from tests.fixtures.tiny import build_processor, build_tiny_model
+from tests.fixtures.tiny import build_processor
 from tests.prompts import mixed_prompts, sampled
 
 
 @pytest.fixture(scope="module")
 def processor() -> FlashSlothProcessor:
     return build_processor()
-
-
-@pytest.fixture
-def build(processor: FlashSlothProcessor) -> Callable[..., ContinuousBatch]:
-    return lambda **settings: ContinuousBatch(build_tiny_model(processor), processor, EngineSettings(**settings))
 
 
 def fail_on(batch: ContinuousBatch, monkeypatch: pytest.MonkeyPatch, guilty: Prompt, error: Exception) -> None:
@@ -46,12 +40,12 @@ def fail_on(batch: ContinuousBatch, monkeypatch: pytest.MonkeyPatch, guilty: Pro
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), ValueError("no turn")])
 def test_a_request_that_fails_in_its_prefill_fails_alone(
     processor: FlashSlothProcessor,
-    build: Callable[..., ContinuousBatch],
+    build_batch: Callable[..., ContinuousBatch],
     monkeypatch: pytest.MonkeyPatch,
     error: Exception,
 ) -> None:
     prompts = mixed_prompts(processor)
-    expected, batch = run(build(), prompts), build()
+    expected, batch = run(build_batch(), prompts), build_batch()
     fail_on(batch, monkeypatch, prompts[3], error)
     early = Sender(batch.submit(prompts[0]))
     batch.step()
@@ -68,10 +62,10 @@ def test_a_request_that_fails_in_its_prefill_fails_alone(
 
 
 def test_a_request_that_cannot_become_a_row_fails_alone(
-    processor: FlashSlothProcessor, build: Callable[..., ContinuousBatch], monkeypatch: pytest.MonkeyPatch
+    processor: FlashSlothProcessor, build_batch: Callable[..., ContinuousBatch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts = mixed_prompts(processor)
-    expected, batch = run(build(), prompts), build(max_slots=4)
+    expected, batch = run(build_batch(), prompts), build_batch(max_slots=4)
 
     def failing(ticket: Ticket, *rest: Any) -> Row:
         if ticket.prompt is prompts[3]:
@@ -88,11 +82,11 @@ def test_a_request_that_cannot_become_a_row_fails_alone(
 
 
 def test_a_step_that_fails_leaves_nobody_without_an_end(
-    processor: FlashSlothProcessor, build: Callable[..., ContinuousBatch], monkeypatch: pytest.MonkeyPatch
+    processor: FlashSlothProcessor, build_batch: Callable[..., ContinuousBatch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those too that are no longer waiting and have no row yet."""
     prompts = mixed_prompts(processor)
-    expected, batch, lost = run(build(), prompts), build(max_slots=4), RuntimeError("lost")
+    expected, batch, lost = run(build_batch(), prompts), build_batch(max_slots=4), RuntimeError("lost")
     early = Sender(batch.submit(sampled(prompts[0], max_tokens=50)))
     batch.step()
     senders = [early, *(Sender(batch.submit(prompt)) for prompt in prompts)]
@@ -112,10 +106,10 @@ def test_a_step_that_fails_leaves_nobody_without_an_end(
 
 
 def test_out_of_memory_in_a_decode_step_ends_the_newest_request_and_nobody_loses_a_token(
-    processor: FlashSlothProcessor, build: Callable[..., ContinuousBatch], monkeypatch: pytest.MonkeyPatch
+    processor: FlashSlothProcessor, build_batch: Callable[..., ContinuousBatch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts = [sampled(p, temperature=0.8, seed=3) for p in mixed_prompts(processor)]
-    expected, batch = run(build(), prompts), build(max_slots=3)
+    expected, batch = run(build_batch(), prompts), build_batch(max_slots=3)
     decode = batch.decoder.decode
 
     def failing(tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
@@ -138,9 +132,9 @@ def test_out_of_memory_in_a_decode_step_ends_the_newest_request_and_nobody_loses
 
 
 def test_any_other_failure_of_a_decode_step_ends_those_that_run_and_the_batch_goes_on(
-    processor: FlashSlothProcessor, build: Callable[..., ContinuousBatch], monkeypatch: pytest.MonkeyPatch
+    processor: FlashSlothProcessor, build_batch: Callable[..., ContinuousBatch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prompts, batch = mixed_prompts(processor), build()
+    prompts, batch = mixed_prompts(processor), build_batch()
     senders = [Sender(batch.submit(prompt)) for prompt in prompts]
 
     def failing(*_: Any) -> torch.Tensor:
@@ -150,14 +144,14 @@ def test_any_other_failure_of_a_decode_step_ends_those_that_run_and_the_batch_go
     batch.step()
     assert {sender.chunks[-1].error for sender in senders} == {"RuntimeError: device lost"}
     monkeypatch.undo()
-    assert run(batch, prompts) == run(build(), prompts)
+    assert run(batch, prompts) == run(build_batch(), prompts)
 
 
 def test_numbers_that_are_none_end_their_row_and_leave_nothing_in_its_slot(
-    processor: FlashSlothProcessor, build: Callable[..., ContinuousBatch], monkeypatch: pytest.MonkeyPatch
+    processor: FlashSlothProcessor, build_batch: Callable[..., ContinuousBatch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts = mixed_prompts(processor)
-    expected, batch = run(build(), prompts), build()
+    expected, batch = run(build_batch(), prompts), build_batch()
     senders = [Sender(batch.submit(prompt)) for prompt in prompts]
     while batch.stats().waiting:
         batch.step()
@@ -171,9 +165,9 @@ def test_numbers_that_are_none_end_their_row_and_leave_nothing_in_its_slot(
 
 
 def test_a_listener_that_fails_costs_its_own_request_only(
-    processor: FlashSlothProcessor, build: Callable[..., ContinuousBatch], caplog: pytest.LogCaptureFixture
+    processor: FlashSlothProcessor, build_batch: Callable[..., ContinuousBatch], caplog: pytest.LogCaptureFixture
 ) -> None:
-    prompts, batch = mixed_prompts(processor), build()
+    prompts, batch = mixed_prompts(processor), build_batch()
     calls = []
 
     def failing(chunk: Chunk) -> None:
@@ -187,4 +181,4 @@ def test_a_listener_that_fails_costs_its_own_request_only(
             batch.step()
     assert len(calls) == 1
     assert "Event loop is closed" in caplog.text
-    assert other.answer == run(build(), prompts[1:2])[0]
+    assert other.answer == run(build_batch(), prompts[1:2])[0]
