@@ -73,7 +73,7 @@ def read_data_uri(uri: str) -> bytes:
     if not header.lower().endswith(";base64"):
         raise ImageError("image_undecodable", f"{header[:40]!r}: a data URI must be base64")
     try:
-        return base64.b64decode(payload, validate=True)
+        return base64.b64decode("".join(payload.split()), validate=True)  # some tools break it into lines
     except ValueError as error:  # binascii.Error, and another one for letters that are not even ASCII
         raise ImageError("image_undecodable", f"{header[:40]!r}: not base64: {error}") from error
 

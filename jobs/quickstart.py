@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from openai import OpenAI, OpenAIError
 from pydantic import NonNegativeInt, PositiveInt
 
+from pipelines.exit_status import INTERRUPTED, terminate_as_interrupt
 from pipelines.ray_session import one_cluster_for_jobs
 from pipelines.report.contents import Goal, Picture, Report, Step, TypeScore, score_replies
 from pipelines.report.interview import (
@@ -37,7 +38,6 @@ from pipelines.steps import (
     readable,
     sources_identity,
     started,
-    terminate_as_interrupt,
 )
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
             return Quickstart(settings).run()
     except KeyboardInterrupt:
         print("\nstopped; run the same command again to go on from here", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except (StepFailed, ValueError, OSError, OpenAIError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

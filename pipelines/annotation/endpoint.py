@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import io
 import threading
+import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 from openai import APIConnectionError, APIStatusError, NotFoundError, OpenAI, OpenAIError, PermissionDeniedError
 from PIL import Image
@@ -19,7 +21,12 @@ from pipelines.serving.completions import fingerprint
 
 _AHEAD = 2  # questions in hand per request under way
 _HASH = "@sha256:"  # between a model's name and its hash
+_NO_ROUTE = "/-/routes"  # what Ray Serve names in its 404 while a service starts or has stopped
+_LONGEST_PAUSE_S = 8.0
 _OUR_FAULT = (400, 413, 422)  # what the service says of a request that no repetition would mend
+
+
+Found = TypeVar("Found")
 
 
 class EndpointError(ValueError):
@@ -72,7 +79,7 @@ class EndpointAsker:
 
     def _send(self, body: dict[str, Any]) -> Answered:
         try:
-            completion = self._client.chat.completions.create(**body)
+            completion = _once_routed(self.settings, lambda: self._client.chat.completions.create(**body))
         except APIStatusError as error:
             if error.status_code in _OUR_FAULT:
                 return Answered.failed(f"{error.code or 'refused'}: {_message(error)}")
@@ -120,15 +127,33 @@ def served_model(settings: EndpointSettings, token: str) -> str:
     """
     try:
         with _client(settings, token) as client:
-            hashes = {model.id: (model.model_extra or {}).get("hash") for model in client.models.list()}
+            models = _once_routed(settings, lambda: list(client.models.list()))
+        hashes = {model.id: (model.model_extra or {}).get("hash") for model in models}
     except OpenAIError as error:
-        if settings.model and isinstance(error, NotFoundError | PermissionDeniedError):
+        if settings.model and isinstance(error, NotFoundError | PermissionDeniedError) and not _is_unrouted(error):
             return settings.model  # there is no list, or none for us, which a service may do without
         raise EndpointError(f"{settings.url}: {_cause(error)}") from error
     if settings.model is None and len(hashes) != 1:
         raise EndpointError(f"{settings.url}: serves {', '.join(hashes) or 'no model'}; choose one: endpoint.model")
     name = settings.model or next(iter(hashes))
     return f"{name}{_HASH}{hashes[name]}" if hashes.get(name) else name
+
+
+def _once_routed(settings: EndpointSettings, ask: Callable[[], Found]) -> Found:
+    """What `ask` gives; asked again, as where a service is busy, while Serve's proxy knows of no service behind it."""
+    attempt = 0
+    while True:
+        try:
+            return ask()
+        except NotFoundError as error:
+            if not _is_unrouted(error) or attempt == settings.max_retries:
+                raise
+        time.sleep(min(0.5 * 2**attempt, _LONGEST_PAUSE_S))
+        attempt += 1
+
+
+def _is_unrouted(error: OpenAIError) -> bool:
+    return isinstance(error, NotFoundError) and _NO_ROUTE in str(error.body)
 
 
 def _client(settings: EndpointSettings, token: str) -> OpenAI:

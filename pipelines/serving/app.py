@@ -125,15 +125,14 @@ class Ingress:
         raises by another one that raises as well.
 
         Raises:
-            ValidationError: as `Policy.changed`, at the start.
+            ValueError: as `Policy.changed`, at the start.
         """
         try:
             policy = self._policy.changed(user_config)
-        except ValidationError as error:
+        except ValueError as error:
             if not self._is_configured:
                 raise
-            faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
-            logger.error("user_config is refused and changes nothing; no ingress can start with it: %s", faults)
+            logger.error("user_config is refused and changes nothing; no ingress can start with it: %s", _faults(error))
             return
         self._service.adopt(policy)
         self._is_configured = True
@@ -200,6 +199,13 @@ def _num_engines(args: ServeArgs) -> dict[str, Any]:
         downscale_delay_s=args.downscale_delay_s,
     )
     return {"autoscaling_config": autoscaling}
+
+
+def _faults(error: ValueError) -> str:
+    """In a line."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    return "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
 
 
 def _replica_name() -> str:

@@ -61,7 +61,7 @@ class RateLimit:
     """How many requests each client may send per minute: a bucket that holds a minute's worth and fills steadily."""
 
     def __init__(self, per_minute: int | None, now: Callable[[], float] = time.monotonic) -> None:
-        self._per_minute = per_minute
+        self.per_minute = per_minute
         self._now = now
         self._buckets: dict[str, tuple[float, float]] = {}  # client -> (requests left, as of when)
 
@@ -71,15 +71,15 @@ class RateLimit:
         Raises:
             ApiError: 429, with the seconds after which the next one is allowed.
         """
-        if self._per_minute is None:
+        if self.per_minute is None:
             return
         now = self._now()
-        left, then = self._buckets.get(client, (float(self._per_minute), now))
-        left = min(self._per_minute, left + (now - then) * self._per_minute / 60)
+        left, then = self._buckets.get(client, (float(self.per_minute), now))
+        left = min(self.per_minute, left + (now - then) * self.per_minute / 60)
         if left < 1:
             self._buckets[client] = (left, now)
-            wait = math.ceil((1 - left) * 60 / self._per_minute)
-            message = f"more than {self._per_minute} requests a minute; try again in {wait} s"
+            wait = math.ceil((1 - left) * 60 / self.per_minute)
+            message = f"more than {self.per_minute} requests a minute; try again in {wait} s"
             raise ApiError(429, message, "rate_limited", retry_after_s=wait)
         self._buckets[client] = (left - 1, now)
         if len(self._buckets) > _MOST_BUCKETS:

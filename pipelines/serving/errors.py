@@ -48,4 +48,4 @@ class ApiError(Exception):
 
 def unknown_model(asked: str, served: str) -> ApiError:
     """The error for a model that is not the one that is served."""
-    return ApiError(404, f"the model {asked!r} is not served here; {served!r} is", "model_not_found", "model")
+    return ApiError(404, f"the model {asked[:100]!r} is not served here; {served!r} is", "model_not_found", "model")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import re
@@ -20,6 +21,7 @@ from pipelines.serving.completions import Completion
 from pipelines.serving.errors import ApiError, unknown_model
 from pipelines.serving.replies import Reply
 from pipelines.serving.service import CLIENT_GONE, Question, Service, Visit
+from pipelines.serving.settings import Limits
 
 PAGE = Path(__file__).with_name("page.html")
 # A reverse proxy that gathers what it passes on would make the stream come in one piece.
@@ -51,7 +53,7 @@ def build_http(service: Service) -> FastAPI:
     async def chat(request: Request) -> Response:
         visit = service.enter(_client_of(request, service))
         async with visit.closed_on_error():
-            question = await service.read(await _read_body(request, service.limits.max_body_bytes))
+            question = await service.read(await _read_body(request, service.limits))
             # Serve's proxy gives every request an id, the client's own where it sent one, and returns it as a header.
             request_id = request.headers.get("x-request-id") or uuid.uuid4().hex
             num_prompt_tokens = len(question.prompt.input_ids)
@@ -74,7 +76,8 @@ def build_http(service: Service) -> FastAPI:
         common = {"object": "model", "created": created, "owned_by": "flashsloth"}
         return {"id": service.model_name, **common, "tiling": service.tiling, "hash": service.model_hash}
 
-    @http.get("/v1/models")
+    # Whoever looks whether a service is there often asks by HEAD.
+    @http.api_route("/v1/models", methods=["GET", "HEAD"])
     async def models(request: Request) -> dict[str, Any]:
         _client_of(request, service)
         return {"object": "list", "data": [describe()]}
@@ -91,12 +94,12 @@ def build_http(service: Service) -> FastAPI:
         _client_of(request, service)
         return Response(await service.read_metrics(), media_type="text/plain; version=0.0.4")
 
-    @http.get("/health")
+    @http.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> dict[str, str]:
         await service.check()
         return {"status": "ok"}
 
-    @http.get("/")
+    @http.api_route("/", methods=["GET", "HEAD"])
     async def show_page() -> HTMLResponse:
         return HTMLResponse(page, headers=page_headers)
 
@@ -148,18 +151,23 @@ def _client_of(request: Request, service: Service) -> str:
     return service.clients.authenticate(request.headers.get("authorization"), address)
 
 
-async def _read_body(request: Request, limit: int) -> bytes:
-    """The body, never more than `limit` bytes of it."""
+async def _read_body(request: Request, limits: Limits) -> bytes:
+    """The body, never more of it than the limits allow, nor longer than an answer may take."""
+    limit = limits.max_body_bytes
     too_large = ApiError(413, f"the body is larger than {limit} bytes", "body_too_large")
     length = request.headers.get("content-length", "")
     if length.isdigit() and int(length) > limit:
         raise too_large
     body = bytearray()
     try:
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > limit:
-                raise too_large
+        async with asyncio.timeout(limits.deadline_s):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > limit:
+                    raise too_large
+    except TimeoutError as error:
+        message = f"the body did not come within {limits.deadline_s:g} s"
+        raise ApiError(408, message, "body_too_slow") from error
     except ClientDisconnect as error:
         raise ApiError(CLIENT_GONE, "the connection ended before the body did", "client_gone") from error
     return bytes(body)

@@ -74,6 +74,7 @@ class ImageFetcher:
         try:
             url = URL(address)
             host, port = (url.raw_host or "").lower().rstrip("."), url.port
+            url = url.with_host(host) if host else url  # what is compared is what is asked
         except ValueError as error:
             raise _refused(f"image_url is no valid address: {error}") from error
         if url.user or url.password:

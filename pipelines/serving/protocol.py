@@ -9,7 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from flashsloth.conversation import ConversationError, read_conversation
@@ -18,9 +28,20 @@ from pipelines.serving.errors import ApiError, unknown_model
 from pipelines.serving.sampling import Sampling
 from pipelines.serving.settings import Limits
 
+_TEXT, _PARTS = "<text>", "<parts>"  # a message's content; not to be mixed up with the name of a field
+_SHOWN = 100  # characters of what a client sent, in what it is told of it
+
 
 class _Wire(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, data: Any) -> Any:
+        """A field that is null asks for nothing, whatever it is: clients write out all that their library knows of."""
+        if not isinstance(data, dict):
+            return data
+        return {name: value for name, value in data.items() if value is not None or name in cls.model_fields}
 
 
 class TextPart(_Wire):
@@ -34,7 +55,7 @@ class ImageUrl(_Wire):
     """Where an image is: a data URI or, for hosts that are allowed, an http(s) address."""
 
     url: str
-    detail: Literal["auto", "low", "high"] = "auto"
+    detail: Literal["auto", "low", "high"] | None = None
     """"low" shows the model no more of the picture than fits on one tile, which only HD checkpoints can tell."""
 
 
@@ -43,19 +64,6 @@ class ImagePart(_Wire):
 
     type: Literal["image_url"]
     image_url: ImageUrl
-
-
-class ChatMessage(_Wire):
-    """One turn."""
-
-    role: Literal["system", "user", "assistant"]
-    content: str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
-
-
-class StreamOptions(_Wire):
-    """What a stream tells beside the answer."""
-
-    include_usage: bool = False
 
 
 def _nothing_but(*values: Any) -> AfterValidator:
@@ -68,6 +76,29 @@ def _nothing_but(*values: Any) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _kind_of_content(content: Any) -> str | None:
+    return _TEXT if isinstance(content, str) else _PARTS if isinstance(content, list) else None
+
+
+class ChatMessage(_Wire):
+    """One turn; an answer of this API can be put back as it came."""
+
+    role: Literal["system", "user", "assistant"]
+    content: Annotated[
+        Annotated[str, Tag(_TEXT)]
+        | Annotated[list[Annotated[TextPart | ImagePart, Field(discriminator="type")]], Tag(_PARTS)],
+        Discriminator(_kind_of_content, "content", "a text, or a list of parts, is expected"),
+    ]
+    annotations: Annotated[Any, _nothing_but([])] = None
+    tool_calls: Annotated[Any, _nothing_but([])] = None
+
+
+class StreamOptions(_Wire):
+    """What a stream tells beside the answer."""
+
+    include_usage: bool = False
+
+
 class ChatRequest(_Wire):
     """The body of `POST /v1/chat/completions`. The temperature defaults to 0: an answer about a picture is no draw."""
 
@@ -77,7 +108,7 @@ class ChatRequest(_Wire):
     max_completion_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
-    stop: str | list[str] | None = None
+    stop: Annotated[list[str] | None, BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop)] = None
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     n: Literal[1] | None = None
     stream: bool | None = None
@@ -85,6 +116,10 @@ class ChatRequest(_Wire):
     presence_penalty: float | None = Field(default=None, ge=0, le=0)
     frequency_penalty: float | None = Field(default=None, ge=0, le=0)
     user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    metadata: dict[str, str] | None = None
+    service_tier: Annotated[Any, _nothing_but("auto", "default")] = None
     logprobs: Annotated[Any, _nothing_but(False)] = None
     top_logprobs: Annotated[Any, _nothing_but(0)] = None
     logit_bias: Annotated[Any, _nothing_but({})] = None
@@ -98,7 +133,8 @@ class ChatRequest(_Wire):
     @property
     def image_addresses(self) -> list[str]:
         """The images that are to be fetched."""
-        parts = [part for message in self.messages for part in message.content if isinstance(part, ImagePart)]
+        lists = [message.content for message in self.messages if isinstance(message.content, list)]
+        parts = [part for parts in lists for part in parts if isinstance(part, ImagePart)]
         return [part.image_url.url for part in parts if not is_data_uri(part.image_url.url)]
 
 
@@ -112,8 +148,7 @@ def parse_request(body: bytes, model_name: str) -> ChatRequest:
         request = ChatRequest.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        # Of a union's branch only the field itself is of interest.
-        param = ".".join(str(part) for part in first["loc"]) or None
+        param = _field(first["loc"])
         raise ApiError(422, _explain(first["type"], param, first["msg"]), "invalid_request", param) from error
     if request.model != model_name:
         raise unknown_model(request.model, model_name)
@@ -134,9 +169,10 @@ def read_sampling(request: ChatRequest, limits: Limits) -> Sampling:
         raise ApiError(
             422, f"max_tokens is {asked}, at most {limits.max_tokens} are allowed", "max_tokens_too_large", "max_tokens"
         )
-    stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
+    stops = request.stop or []
     if len(stops) > 4 or not all(stops):
-        raise ApiError(422, f"stop takes 1 to 4 texts that are not empty, got {stops!r}", "invalid_request", "stop")
+        shown = repr(stops)[:_SHOWN]
+        raise ApiError(422, f"stop takes 1 to 4 texts that are not empty, got {shown}", "invalid_request", "stop")
     return Sampling(
         max_tokens=asked or min(limits.default_max_tokens, limits.max_tokens),
         temperature=request.temperature or 0.0,
@@ -166,6 +202,13 @@ def read_messages(
         return read_conversation([_decode(message, limits, tile_size, fetched) for message in request.messages])
     except (ConversationError, ImageError) as error:
         raise ApiError(422, error.detail, error.reason, "messages") from error
+
+
+def _field(loc: tuple[int | str, ...]) -> str | None:
+    """Where a fault lies, as a client would write it: `messages.0.content.1.image_url.url`; None: nowhere in it."""
+    place = [part for part in loc if part not in (_TEXT, _PARTS)]
+    del place[4:5]  # messages, 0, content, 1: then comes the type of the part, which chose how to read it
+    return ".".join(map(str, place)) or None
 
 
 def _explain(kind: str, param: str | None, message: str) -> str:

@@ -74,6 +74,7 @@ class Service:
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="reader")
         self._num_open = 0
         self._healthy_until = 0.0
+        self._rate_limit = RateLimit(policy.limits.requests_per_minute)
         self.adopt(policy)
 
     @property
@@ -90,7 +91,8 @@ class Service:
         """Go by another policy, from the next request on."""
         self.policy = policy
         self.clients = Clients(policy.tokens)
-        self._rate_limit = RateLimit(policy.limits.requests_per_minute)
+        if policy.limits.requests_per_minute != self._rate_limit.per_minute:  # else who has asked has asked
+            self._rate_limit = RateLimit(policy.limits.requests_per_minute)
         self._images = ImageFetcher(policy.image_hosts, policy.limits.max_body_bytes)
 
     def enter(self, client: str) -> Visit:

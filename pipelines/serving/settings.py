@@ -76,11 +76,19 @@ class Policy(Section):
 
         Raises:
             ValidationError: it names an unknown field, or a value that makes no sense.
+            ValueError: answers could take longer than what was arranged for when the service was deployed.
         """
         limits = user_config.get("limits", {})
         if isinstance(limits, dict):
             limits = {**self.limits.model_dump(), **limits}
-        return Policy.model_validate({**self.model_dump(), **user_config, "limits": limits})
+        policy = Policy.model_validate({**self.model_dump(), **user_config, "limits": limits})
+        longest = self.limits.deadline_s
+        if policy.limits.deadline_s > longest:
+            raise ValueError(
+                f"limits.deadline_s: {policy.limits.deadline_s:g} is more than the {longest:g} of `args`, "
+                "by which replicas that are to end wait for answers; raise it there, and request_timeout_s above it"
+            )
+        return policy
 
 
 class ServeArgs(Policy):

@@ -40,6 +40,8 @@ class Served:
     def __init__(self, process: subprocess.Popen[str], port: int) -> None:
         self.process = process
         self.port = port
+        self.early: list[tuple[int, str, dict[str, str]]] = []
+        """What clients heard while it started."""
 
     def connect(self, source: str = "127.0.0.1") -> http.client.HTTPConnection:
         """A connection from an address of this machine's own."""
@@ -74,6 +76,29 @@ class Served:
                 yield child, child.cmdline()
 
 
+class Early(threading.Thread):
+    """Asks whether the service is well from before it is there until it is."""
+
+    def __init__(self, served: Served) -> None:
+        super().__init__(daemon=True)
+        self.served = served
+        self.heard: list[tuple[int, str, dict[str, str]]] = []
+
+    def run(self) -> None:
+        """Notes status, text and headers of each answer."""
+        while not self.heard or self.heard[-1][0] != 200:
+            connection = self.served.connect()
+            try:
+                connection.request("GET", "/health")
+                response = connection.getresponse()
+                self.heard.append((response.status, response.read().decode(), dict(response.headers)))
+            except (OSError, http.client.HTTPException):
+                pass  # nobody listens yet
+            finally:
+                connection.close()
+            time.sleep(0.02)
+
+
 def body(max_tokens: int) -> bytes:
     messages = question(data_uri(0))
     return json.dumps({"model": "tiny", "messages": messages, "max_tokens": max_tokens}).encode()
@@ -102,13 +127,18 @@ def served(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> I
         start_new_session=True,
     )
     try:
+        served = Served(process, port)
+        early = Early(served)
+        early.start()
         said = ""
         for line in process.stdout or ():
             said += line
             if "serving at" in line:
                 break
         assert "serving at" in said, said
-        yield Served(process, port)
+        early.join(PATIENCE_S)
+        served.early = early.heard
+        yield served
         process.send_signal(signal.SIGINT)
         rest, _ = process.communicate(timeout=PATIENCE_S)
         assert process.returncode == 0, rest
@@ -127,6 +157,15 @@ def test_haproxy_listens_there_and_opens_nothing_else(served: Served) -> None:
     config = Path(words[words.index("-f") + 1])
     sockets = [path for path in config.parent.iterdir() if path.is_socket() and path.name == "admin.sock"]
     assert [path.stat().st_mode & 0o777 for path in sockets] == [0o600]
+
+
+def test_clients_that_come_too_early_are_asked_to_come_again(served: Served) -> None:
+    """No path is unknown because nobody is there yet to know it."""
+    assert {status for status, _, _ in served.early} == {200, 503}
+    for status, text, headers in served.early:
+        if status == 503:
+            assert json.loads(text)["error"]["code"] == "unavailable"
+            assert headers["retry-after"] == "1"
 
 
 def test_clients_that_leave_free_their_slots(served: Served) -> None:
@@ -171,6 +210,17 @@ def test_clients_are_told_apart_by_their_addresses(served: Served) -> None:
     passed = [served.ask(1, "127.0.0.4", X_Forwarded_For=address) for address in several]
     assert passed.count(429) > 0 and set(passed) == {200, 429}, Counter(passed)
     assert {served.ask(1, "127.0.0.1", X_Forwarded_For=address) for address in several} == {200}
+
+
+def test_an_id_of_a_request_is_passed_on_where_it_is_plain_text(served: Served) -> None:
+    for sent, kept in (("mine-1", True), ("\xff\xfe", False), ("x" * 200, False), ('a "b"', False)):
+        connection = served.connect()
+        connection.request("GET", "/health", headers={"x-request-id": sent})
+        response = connection.getresponse()
+        assert response.status == 200, response.read()
+        assert (response.headers["x-request-id"] == sent) == kept
+        assert response.headers["x-request-id"]
+        connection.close()
 
 
 def test_an_ingress_that_is_killed_is_replaced(served: Served) -> None:

@@ -22,6 +22,7 @@ from tests.annotation import annotate_here, annotate_settings, rows_of
 from tests.corpus import encoded, picture, write_corpus
 
 NUM_ROWS = 10
+UNROUTED = "Path '/v1/models' not found. Ping http://.../-/routes for available routes."  # in Ray Serve's words
 
 
 class Service(ThreadingHTTPServer):
@@ -37,6 +38,7 @@ class Service(ThreadingHTTPServer):
         self.models: list[str] | None = ["tiny"]
         self.hashes: dict[str, str] = {}
         self.reply: Callable[[int, dict[str, Any]], tuple[int, Any]] = lambda number, body: (200, completion("Yes."))
+        self.unrouted = 0  # requests for the list of models that come too early
         self.lock = threading.Lock()
 
 
@@ -48,6 +50,10 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
+        with self.server.lock:
+            if self.server.unrouted > 0:
+                self.server.unrouted -= 1
+                return self._answer(404, UNROUTED)
         if self.server.models is None:
             return self._answer(404, {"detail": "Not Found"})
         hashes = {name: {"hash": self.server.hashes[name]} for name in self.server.hashes}
@@ -63,7 +69,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(*self.server.reply(number, body))
 
     def _answer(self, status: int, value: Any) -> None:
-        data = json.dumps(value).encode()
+        data = value.encode() if isinstance(value, str) else json.dumps(value).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
@@ -154,6 +160,30 @@ def test_busy_service_is_asked_again(corpus: Path, service: Service) -> None:
     service.reply = lambda number, body: (429, busy) if number < 3 else (200, completion("Yes."))
     assert annotate_here(settings(corpus, service.url)).errors == {}
     assert len(service.asked) == NUM_ROWS + 3
+
+
+def test_service_that_starts_anew_is_waited_for(corpus: Path, service: Service) -> None:
+    """Until it is there, what stands before it knows no such path."""
+    service.reply = lambda number, body: (404, UNROUTED) if number % 4 == 1 else (200, completion("Yes."))
+    asked = settings(corpus, service.url, max_error_share=0)
+    assert annotate_here(asked).errors == {}
+    assert len(service.asked) > NUM_ROWS
+
+
+def test_service_that_has_gone_ends_the_run(corpus: Path, service: Service) -> None:
+    service.reply = lambda number, body: (404, UNROUTED)
+    with pytest.raises(EndpointError, match="answers 404"):
+        annotate_here(settings(corpus, service.url))
+
+
+def test_list_of_models_that_is_not_there_yet_is_not_taken_for_none(service: Service) -> None:
+    service.hashes = {"tiny": "ab" * 32}
+    service.unrouted = 1
+    chosen = EndpointSettings(url=service.url, model="tiny", max_retries=1)
+    assert served_model(chosen, "token") == f"tiny@sha256:{'ab' * 32}"
+    service.unrouted = 5
+    with pytest.raises(EndpointError, match="404"):
+        served_model(chosen, "token")
 
 
 def test_service_that_stays_broken_is_named_and_no_row_is_blamed(corpus: Path, service: Service) -> None:

@@ -300,6 +300,20 @@ def test_a_wrong_user_config_changes_nothing_of_a_running_ingress_and_starts_non
     assert ingress._service.limits == args.limits
 
 
+def test_user_config_allows_no_answer_longer_than_the_service_was_deployed_for(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(pipelines.serving.app, "_replica_name", lambda: "ingress")
+    ingress = Ingress(ServeArgs(checkpoint=str(tiny_checkpoint)), "tiny", NoEngines())
+    with pytest.raises(ValueError, match="101 is more than the 100 of `args`"):
+        ingress.reconfigure({"limits": {"deadline_s": 101}})
+    ingress.reconfigure({"limits": {"deadline_s": 50}})
+    with caplog.at_level(logging.ERROR, logger="ray.serve"):
+        ingress.reconfigure({"limits": {"deadline_s": 101}})
+    assert ingress._service.limits.deadline_s == 50
+    assert "user_config is refused and changes nothing" in caplog.text and "request_timeout_s" in caplog.text
+
+
 def test_a_wrong_folder_is_refused_before_anything_starts() -> None:
     with pytest.raises(CheckpointError, match="/nowhere: no such folder"):
         build_app(ServeArgs(checkpoint="/nowhere"))

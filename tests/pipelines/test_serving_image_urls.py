@@ -138,6 +138,12 @@ def test_a_host_is_named_bare_in_any_case(server: ImageServer, names: dict[str, 
     assert fetch(f"http://pictures.example:{server.port}/image.png", host, local=True) == b"picture"
 
 
+def test_a_dot_at_the_end_of_a_host_changes_nothing(server: ImageServer, names: dict[str, list[str]]) -> None:
+    names["images.test"] = ["127.0.0.1"]
+    fetcher = ImageFetcher([f"images.test:{server.port}"], 100, lambda address: True)
+    assert asyncio.run(fetcher.fetch(f"http://IMAGES.test.:{server.port}/image.png")) == b"picture"
+
+
 def test_a_name_of_other_letters_is_named_as_dns_has_it(server: ImageServer, names: dict[str, list[str]]) -> None:
     names["xn--bcher-kva.example"] = ["127.0.0.1"]
     (host,) = Policy(image_hosts=[f"xn--bcher-kva.example:{server.port}"]).image_hosts

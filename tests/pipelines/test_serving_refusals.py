@@ -43,7 +43,32 @@ REFUSED = {
     "answer last": ({"messages": [user(), {"role": "assistant", "content": "x"}]}, "messages", "not a question"),
     "empty question": ({"messages": [user(" ")]}, "messages", "no text"),
     "long question": ({"messages": [user("many words " * 100)]}, "messages", "at most 160"),
-    "audio": ({"messages": [user([{"type": "input_audio", "input_audio": {}}])]}, "messages.0.content", ""),
+    "audio": ({"messages": [user([{"type": "input_audio", "input_audio": {}}])]}, "messages.0.content.0", "'text'"),
+    "no content": ({"messages": [user(None)]}, "messages.0.content", "a text, or a list of parts, is expected"),
+    "text in a list": ({"messages": [user(["x"])]}, "messages.0.content.0", "should be an object"),
+    "part without text": (
+        {"messages": [user([{"type": "text", "txt": "x"}])]},
+        "messages.0.content.0.text",
+        "required",
+    ),
+    "bare address": (
+        {"messages": [user([{"type": "image_url", "image_url": "x"}])]},
+        "messages.0.content.0.image_url",
+        "should be an object",
+    ),
+    "finer detail": (
+        {"messages": [user([{"type": "image_url", "image_url": {"url": "x", "detail": "max"}}])]},
+        "messages.0.content.0.image_url.detail",
+        "'auto', 'low' or 'high'",
+    ),
+    "tool calls": (
+        {"messages": [user(), {"role": "assistant", "content": "x", "tool_calls": [{}]}, user()]},
+        "messages.1.tool_calls",
+        "the field 'messages.1.tool_calls' is not supported",
+    ),
+    "stop as a number": ({"stop": 5}, "stop", "stop: "),
+    "a number to stop at": ({"stop": ["a", 1]}, "stop.1", "valid string"),
+    "another tier": ({"service_tier": "flex"}, "service_tier", "the field 'service_tier' is not supported"),
     "two images": (
         {"messages": [user([*with_image(data_uri()), *with_image(data_uri())])]},
         "messages",
@@ -77,7 +102,7 @@ def test_what_cannot_be_answered_is_refused_before_the_model(name: str, client: 
     assert set(error) == {"message", "type", "param", "code"}
     assert error["type"] == "invalid_request_error"
     assert error["code"]
-    assert error["param"].startswith(param)
+    assert error["param"] == param or (error["param"].startswith(param) and param in ("messages", "stream_options"))
     assert message in error["message"]
     assert not backend.prompts
 
@@ -88,6 +113,30 @@ def test_a_broken_body_is_refused(text: bytes, client: TestClient, backend: Back
     assert response.status_code == 422
     assert response.json()["error"]["code"] == "invalid_request"
     assert not backend.prompts
+
+
+def test_a_refusal_repeats_little_of_what_was_sent(client: TestClient) -> None:
+    for changes in ({"model": "x" * 20_000}, {"stop": ["x" * 5000] * 5}):
+        assert len(post(client, **changes).text) < 500
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(service: Service) -> None:
+    sent: list[Any] = []
+    messages = iter([{"type": "http.request", "body": b"{", "more_body": True}])
+
+    async def receive() -> Any:
+        for message in messages:
+            return message
+        await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    service.adopt(Policy(limits=LIMITS.model_copy(update={"deadline_s": 0.05})))
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "query_string": b"", "headers": []}
+    asyncio.run(build_http(service)(scope, receive, send))
+    assert sent[0]["status"] == 408 and service._num_open == 0
+    assert json.loads(sent[1]["body"])["error"]["code"] == "body_too_slow"
 
 
 def test_a_large_body_is_refused_with_and_without_its_length(client: TestClient, backend: Backend) -> None:
@@ -158,6 +207,8 @@ def test_a_client_that_asks_too_often_is_told_when_to_come_back(client: TestClie
     assert [answer.status_code for answer in answers] == [200, 200, 429]
     assert answers[-1].json()["error"]["code"] == "rate_limited"
     assert 0 < int(answers[-1].headers["retry-after"]) <= 30
+    service.adopt(Policy(limits=service.limits.model_copy(update={"max_tokens": 7})))
+    assert post(client).status_code == 429, "another limit has changed, not what was asked"
 
 
 def test_more_open_requests_than_allowed_are_turned_away_unread(

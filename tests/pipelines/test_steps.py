@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.exit_status import terminate_as_interrupt
 from pipelines.steps import (
     StepFailed,
     Steps,
@@ -17,7 +18,6 @@ from pipelines.steps import (
     sources_identity,
     started,
     stop_group,
-    terminate_as_interrupt,
 )
 
 APPEND = "import sys; open(sys.argv[1], 'a').write(sys.argv[2])"
@@ -208,3 +208,10 @@ def test_sigterm_stops_what_runs(tmp_path: Path) -> None:
         run_command([sys.executable, "-c", TELL_PARENT_TO_STOP, str(pid_file)])
     wait_until_gone(int(pid_file.read_text()))
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_the_exit_by_which_ray_answers_sigterm_is_an_interrupt_and_no_other() -> None:
+    with pytest.raises(KeyboardInterrupt), terminate_as_interrupt():
+        sys.exit(int(signal.SIGTERM))
+    with pytest.raises(SystemExit), terminate_as_interrupt():
+        sys.exit(2)
