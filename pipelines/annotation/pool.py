@@ -106,7 +106,7 @@ def make_asker(settings: AnnotateSettings, model: str, token: str) -> Asker:
 
     Raises:
         CheckpointError: the checkpoint cannot be served.
-        ValueError: the engine's budgets leave no room for a slot.
+        ValueError: the engine's budgets leave no room for a slot, or its slots none for a question beside an answer.
     """
     if settings.endpoint:
         from pipelines.annotation.endpoint import EndpointAsker
@@ -125,6 +125,11 @@ def make_asker(settings: AnnotateSettings, model: str, token: str) -> Asker:
     # The asker itself keeps the queue short; the engine must only never refuse.
     budgets = settings.engine.model_copy(update={"max_waiting": max(settings.engine.max_waiting, AHEAD * slots)})
     engine = Engine.from_checkpoint(settings.checkpoint, settings.device, settings.dtype, budgets)
+    if settings.max_tokens >= engine.max_length:  # each row would be refused for it
+        raise ValueError(
+            f"max_tokens is {settings.max_tokens}, and a slot of the engine holds {engine.max_length} tokens, the "
+            "question's among them: lower max_tokens, or raise engine.max_length"
+        )
     return EngineAsker(engine)
 
 

@@ -91,6 +91,11 @@ class Engine:
     def __exit__(self, *exception: Any) -> None:
         self.close()
 
+    @property
+    def max_length(self) -> int:
+        """The most tokens of a prompt and its answer together."""
+        return self._batch.slots.length
+
     def submit(self, prompt: Prompt) -> Ticket:
         """Hand in a prompt without waiting; the answer comes through the ticket.
 

@@ -120,11 +120,14 @@ def test_a_second_stop_ends_at_once(start_job: Any, tiny_checkpoint: Path) -> No
     assert job.output.splitlines()[-1] == "stopped; answers that were under way are cut off"
 
 
-def test_a_stop_before_anything_is_served_is_one_line(start_job: Any, tiny_checkpoint: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_before_anything_is_served_is_one_line(
+    number: signal.Signals, start_job: Any, tiny_checkpoint: Path
+) -> None:
     job = start_job("--checkpoint", str(tiny_checkpoint), "--port", str(free_port()), PYTHONVERBOSE="1")
     job.wait_for_line("import 'pipelines.serving.settings'")  # Ray is imported next
     job.wait_for_line("import 'ray.exceptions'")
-    job.process.send_signal(signal.SIGINT)
+    job.process.send_signal(number)
     assert job.finish() == 130, job.output[-3000:]
     assert "\nstopped; nothing is served\n" in job.output
     assert "Traceback" not in job.output

@@ -120,6 +120,12 @@ def test_answers_are_those_of_the_bare_engine(corpus: Path, tiny_checkpoint: Pat
     assert verify(settings.output) == []
 
 
+def test_answers_too_long_for_any_slot_are_refused_before_the_first_row(corpus: Path) -> None:
+    settings = annotate_settings(corpus, max_tokens=300, engine={"max_length": 300})
+    with pytest.raises(ValueError, match=r"max_tokens is 300, and a slot of the engine holds 300 tokens.*max_length"):
+        annotate_here(settings)
+
+
 def _questions(number: int) -> list[dict[str, str]]:
     turns = row(number)["conversations"][:3]
     roles = {"human": "user", "gpt": "assistant"}
