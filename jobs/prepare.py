@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     text = "Show rows as a person reads them: the turns, what the model is given and what it learns."
     inspect = commands.add_parser("inspect", parents=[folder], help=text, description=text)
     which = inspect.add_mutually_exclusive_group()
-    which.add_argument("--rows", type=int, default=3, metavar="N", help="the first N rows (default: 3)")
+    which.add_argument("--rows", type=_count, default=3, metavar="N", help="the first N rows (default: 3)")
     which.add_argument("--key", help="the row with this key, such as corpus:12, be it written or quarantined")
     which.add_argument("--quarantined", action="store_true", help="the rows that could not become samples")
 
@@ -117,10 +117,19 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _hours(text: str) -> float:
-    hours = float(text)
+    try:
+        hours = float(text)
+    except ValueError:
+        hours = -1
     if not hours >= 0:  # nor is "nan"
         raise argparse.ArgumentTypeError(f"{text} hours is no age: give 0 or more")
     return hours
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text} is no number of rows: give 1 or more")
+    return int(text)
 
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a corpus may hold what a terminal takes for a command

@@ -178,7 +178,15 @@ def test_inspect_ends_quietly_where_nobody_reads_on(finished: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("hours", ["-1", "nan"])
+@pytest.mark.parametrize("rows", ["0", "-3", "x", "²"])
+def test_inspect_shows_at_least_a_row(finished: Path, capsys: pytest.CaptureFixture[str], rows: str) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["inspect", str(finished), f"--rows={rows}"])
+    assert stopped.value.code == 2
+    assert f"{rows} is no number of rows: give 1 or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("hours", ["-1", "nan", "x"])
 def test_gc_takes_no_age_below_zero(finished: Path, capsys: pytest.CaptureFixture[str], hours: str) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["gc", str(finished), f"--older-than={hours}"])
