@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Iterator
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -18,7 +19,7 @@ from pipelines.annotation.plan import AnnotationPlan
 from pipelines.annotation.settings import AnnotateSettings
 from pipelines.preparation.plan import Chunk
 from pipelines.preparation.row_images import SourceFiles
-from pipelines.ray_tasks import CRASHES, WHOLE_BLOCK, carried, column, quiet_context
+from pipelines.ray_tasks import CRASHES, WHOLE_BLOCK, CrashError, carried, column, quiet_context
 
 if TYPE_CHECKING:
     from pipelines.annotation.answering import Asker
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 # One chunk is being answered, the next one asks as slots fall free, and a third stands by while Ray sends for a fourth.
 _CHUNKS_PER_WORKER = 3
+_SUSPECTS = 6  # chunks that are named where workers died of one
 
 
 def run_chunks(
@@ -49,6 +51,7 @@ def run_chunks(
     Raises:
         what a worker raised, without Ray's wrapping: PlanError, CheckpointError, EndpointError, OSError, ...
         ClusterError: Ray itself failed.
+        CrashError: workers died of a chunk; it names those that it may be.
     """
     items = [{"number": number, **plan.chunks[number].model_dump()} for number in pending]
     context = quiet_context()
@@ -63,7 +66,28 @@ def run_chunks(
             **WHOLE_BLOCK,
             **_actors(settings),
         )
-    return map(PartReceipt.model_validate_json, column(receipts, "receipt"))
+    return _named(plan, pending, map(PartReceipt.model_validate_json, column(receipts, "receipt")))
+
+
+def _named(plan: AnnotationPlan, pending: list[int], receipts: Iterator[PartReceipt]) -> Iterator[PartReceipt]:
+    """`receipts`. Where workers died of a chunk, says which it may be: each worker has several under way."""
+    left = dict.fromkeys(pending)
+    try:
+        for receipt in receipts:
+            left.pop(receipt.chunk)
+            yield receipt
+    except CrashError as error:
+        # Chunks begin in their order, so it is one of the first that are left.
+        suspects = [plan.chunks[number] for number in islice(left, _SUSPECTS)]
+        rows = [
+            f"'{plan.terms.sources[chunk.source].name}' from row {chunk.first_row} (line {chunk.first_line}) on"
+            for chunk in suspects
+        ]
+        raise CrashError(
+            f"workers die of a row, likely in one of these chunks of {suspects[0].rows} rows: {', '.join(rows)}. "
+            "It may take more memory than a worker has; to learn which it is, annotate into another output with "
+            "chunk_rows: 1. What is done is kept"
+        ) from error
 
 
 class AnnotationWorker:

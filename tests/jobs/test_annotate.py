@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from fnmatch import fnmatch
 from pathlib import Path
 
 import psutil
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
@@ -17,11 +19,14 @@ from jobs.annotate import main
 from jobs.prepare import main as prepare
 from pipelines import storage
 from pipelines.annotate import annotate
+from pipelines.annotation import pool
 from pipelines.annotation.ledger import AnnotationManifest
 from pipelines.annotation.parts import part_name
+from pipelines.annotation.pool import AnnotationWorker
 from pipelines.annotation.settings import AnnotateSettings
 from pipelines.annotation.verify import verify
 from pipelines.preparation.settings import PrepareSettings
+from pipelines.ray_tasks import CrashError
 from pipelines.settings import dump_settings, load_settings
 from pipelines.shards import ShardedDataset
 from tests.annotation import annotate_here, annotate_settings, rows_of
@@ -201,3 +206,20 @@ def test_parts_are_plain_parquet(corpus: Path) -> None:
         *("messages", "image"),
     ]
     assert not [field for field in schema if "extension" in str(field.type)]
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_row_that_kills_its_worker_ends_the_run_and_may_be_one_of_few(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Deadly(AnnotationWorker):
+        def __call__(self, chunks: pa.Table) -> pa.Table:
+            if 2 in chunks["number"].to_pylist():
+                os._exit(139)  # as after a segmentation fault
+            return super().__call__(chunks)
+
+    monkeypatch.setattr(pool, "AnnotationWorker", Deadly)
+    settings = annotate_settings(corpus, workers={"min_workers": 1, "max_workers": 1})
+    with pytest.raises(CrashError, match=r"chunks of 4 rows: .*'corpus' from row 8 \(line 9\) on.*chunk_rows: 1"):
+        annotate(settings)
+    assert not storage.exists(f"{settings.output}/manifest.json")
