@@ -42,6 +42,8 @@ class ArrayScanner:
         self.line = span.first_line if span else 1  # at the start of the element under way
         self.cursor = 0  # the buffer is scanned up to here
         self.key = _first_key(storage.read_range(path, 0, _HEAD))  # with which rows open
+        self.own = re.compile(rb"\s*\{\s*" + re.escape(self.key))  # a row that opens, at its own begin
+        self.other = re.compile(rb'[}\],"]\s*(\{\s*' + re.escape(self.key) + rb"\s*:)")  # one that opens after another
 
     def feed(self, block: bytes) -> Iterator[Extent]:
         """The elements that end in `block`."""
@@ -145,10 +147,13 @@ class ArrayScanner:
 
     def _opening(self, end: int) -> int | None:
         """Where, before `end`, another row opens in the element under way; None where that is one row."""
-        if self.buffer.count(self.key, self.begin, end) < 2:
+        # A broken row may lack the key. To ask for two of them all the same would make its end depend on how many rows
+        # follow it before `end`, which is that of a span.
+        own = self.own.match(self.buffer, self.begin, end) is not None
+        if self.buffer.count(self.key, self.begin, end) < 1 + own:
             return None
         text = self.buffer[self.begin : end]
-        found = re.compile(rb'[}\],"]\s*(\{\s*' + re.escape(self.key) + rb"\s*:)").search(text)
+        found = self.other.search(text)
         return None if found is None or _is_json(text) else self.begin + found.start(1)
 
     def _cut(self, opening: int) -> Extent:

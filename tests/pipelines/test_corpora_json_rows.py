@@ -126,6 +126,64 @@ def test_rows_whose_quotes_or_brackets_are_broken_harm_no_neighbour(tmp_path: Pa
     assert all(isinstance(value, RowError | dict) for value in values)
 
 
+@pytest.mark.parametrize(
+    "broken",
+    [
+        '{"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>',
+        '{"image": "a.jpg", "conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}}',
+    ],
+)
+@pytest.mark.parametrize("chunk", [1, 3, 4, 20])
+def test_a_broken_row_without_the_first_key_ends_where_the_next_one_opens(
+    tmp_path: Path, broken: str, chunk: int
+) -> None:
+    texts = [json.dumps(llava_row(number)) for number in range(12)]
+    texts[2] = broken
+    path = tmp_path / "corpus.json"
+    path.write_text("[\n" + ",\n".join(texts) + "\n]")
+    values = read_all(str(path), chunk)
+    assert isinstance(values.pop(2), RowError)
+    assert values == [llava_row(number) for number in range(12) if number != 2]
+
+
+def mutated(source: Random) -> bytes:
+    """A small array of rows, of which up to four places are damaged."""
+    answers = ["x", '{"id": "5"}', "[1,2]", 'a"b', "\\", "],", '}, {"id":', "é\n"]
+    rows = [
+        {"id": f"{number}", "conversations": [{"from": "human", "value": "Q"}, {"value": source.choice(answers)}]}
+        for number in range(source.randint(1, 9))
+    ]
+    if source.random() < 0.3:
+        rows = [dict(reversed(row.items())) for row in rows]
+    elif source.random() < 0.3:
+        rows = [{"id": row["id"], "inner": [{"id": "x"}, {"id": "y"}], **row} for row in rows]
+    data = bytearray(json.dumps(rows, indent=source.choice([None, 1]), ensure_ascii=source.random() < 0.5).encode())
+    for _ in range(source.randint(1, 4)):
+        place = source.randrange(len(data) + 1)
+        stop = place + source.choice([0, 1, source.randint(1, 40)])
+        again = bytes(data[max(place - source.randint(1, 80), 0) : place])
+        signs = [bytes([sign]) for sign in b'"{}[],\\: \0\xff']
+        data[place:stop] = source.choice([b"", again, source.choice(signs), source.choice(signs)])
+    return bytes(data)
+
+
+def test_damaged_arrays_hold_the_same_rows_whichever_spans_they_are_read_in(tmp_path: Path) -> None:
+    source = Random(0)
+    path = tmp_path / "corpus.json"
+    for _ in range(300):
+        path.write_bytes(data := mutated(source))
+        try:
+            extents = list(json_rows.scan(str(path)))
+        except FileFormatError:
+            continue
+        scanned = [json_rows.parse(data[extent.start : extent.stop]) for extent in extents]
+        lines = [f"{path}:{extent.line} (element {row})" for row, extent in enumerate(extents)]
+        for rows in (1, 2, 3, 5):
+            read = [each for span in group(extents, rows) for each in json_rows.read_rows(str(path), span)]
+            assert [location for location, _ in read] == lines, (rows, data)
+            assert [repr(value) for _, value in read] == [repr(value) for value in scanned], (rows, data)
+
+
 def test_a_comma_is_missing_between_two_rows(tmp_path: Path) -> None:
     path = tmp_path / "corpus.json"
     path.write_text('[{"id": 1},\n{"id": 2}\n{"id": 3},\n{"id": 4, "list": [{"id": 5}, {"id": 6}]}]')
