@@ -153,8 +153,9 @@ class ArrayScanner:
         if self.buffer.count(self.key, self.begin, end) < 1 + own:
             return None
         text = self.buffer[self.begin : end]
-        found = self.other.search(text)
-        return None if found is None or _is_json(text) else self.begin + found.start(1)
+        # Not within a value that is whole: rows may hold objects that open as rows do.
+        found = self.other.search(text) and self.other.search(text, max(_value_end(text) - 1, 0))
+        return self.begin + found.start(1) if found else None
 
     def _cut(self, opening: int) -> Extent:
         """The broken element under way, which ends before the row that opens there."""
@@ -184,9 +185,11 @@ def _first_key(head: bytes) -> bytes:
     return found.group(1) if found else b'"id"'  # as in most corpora, where that row is broken itself
 
 
-def _is_json(text: bytes) -> bool:
+def _value_end(text: bytes) -> int:
+    """Where the JSON value ends with which `text` begins; 0 where that is none."""
+    start = len(text) - len(text.lstrip(BLANKS))
     try:
-        json.loads(text)
+        # What is not ASCII stands in strings, whatever it spells there. One character a byte: the end is one in bytes.
+        return json.JSONDecoder().raw_decode(text.decode("latin-1"), start)[1]
     except (ValueError, RecursionError):
-        return False
-    return True
+        return 0

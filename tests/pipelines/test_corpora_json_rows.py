@@ -190,6 +190,15 @@ def test_a_comma_is_missing_between_two_rows(tmp_path: Path) -> None:
     assert read_all(str(path), 10) == [{"id": 1}, {"id": 2}, {"id": 3}, {"id": 4, "list": [{"id": 5}, {"id": 6}]}]
 
 
+@pytest.mark.parametrize("chunk", [1, 2, 10])
+def test_a_comma_is_missing_after_a_row_that_holds_objects_like_rows(tmp_path: Path, chunk: int) -> None:
+    rows = [{"id": number, "text": "é", "list": [{"id": 5}, {"id": 6}]} for number in range(4)]
+    path = tmp_path / "corpus.json"
+    texts = [json.dumps(row, ensure_ascii=False) for row in rows]
+    path.write_text(f"[{texts[0]}\n{texts[1]},\n{texts[2]},\n{texts[3]}]", encoding="utf-8")
+    assert read_all(str(path), chunk) == rows
+
+
 def test_a_bracket_too_many_is_a_bad_row(tmp_path: Path) -> None:
     path = tmp_path / "corpus.json"
     path.write_text('[{"id": 1}}\n, {"id": 2}]')
