@@ -13,8 +13,19 @@ BLOCK = tarfile.BLOCKSIZE
 """Bytes; a file's place in a tar is a multiple of it."""
 
 
+def is_link(member: tarfile.TarInfo) -> bool:
+    """Whether `member` names another file instead of holding one."""
+    return member.islnk() or member.issym()
+
+
+def stop(member: tarfile.TarInfo) -> int:
+    """Where `member` ends in the tar. The size that a link's header may tell is that of the other file."""
+    size = 0 if is_link(member) else member.size
+    return int(member.offset_data + -(-size // BLOCK) * BLOCK)
+
+
 def members(file: BinaryIO | io.BytesIO, path: str, ends: bool) -> Iterator[tarfile.TarInfo]:
-    """The files in a tar, in constant memory.
+    """The files in a tar, in constant memory, and the links (`is_link`), which hold no bytes.
 
     Args:
         file: the tar, or whole samples out of it.
@@ -29,7 +40,7 @@ def members(file: BinaryIO | io.BytesIO, path: str, ends: bool) -> Iterator[tarf
         tar = tarfile.TarFile(fileobj=file, errors="backslashreplace")
         while (member := tar.next()) is not None:
             tar.members = []  # type: ignore[attr-defined]  # they would be kept
-            if member.isfile():
+            if member.isfile() or is_link(member):
                 yield member
     except tarfile.TarError as error:
         raise FileFormatError(f"{path}: no tar, or a damaged one: {error}; compressed ones must be unpacked") from error

@@ -6,6 +6,7 @@
 
 A caption becomes an answer to an empty question, which the caption layout throws away anyhow. A scan reads the headers
 alone where the tar lies on a disk, and a chunk is one range of bytes. A tar that is compressed cannot be read so.
+A link to another file is not followed, which may lie far from the chunk: its sample is quarantined.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from itertools import groupby
+from tarfile import TarInfo
 
 from pipelines import storage
 from pipelines.corpora import fields, json_rows, messages, sharegpt, tars
@@ -20,6 +22,7 @@ from pipelines.corpora.spans import Extent, Span
 from pipelines.records import Message, Record, Row, RowError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif")
+_READ = (*IMAGE_SUFFIXES, "json", "txt")
 
 
 def scan(path: str) -> Iterator[Extent]:
@@ -30,33 +33,46 @@ def scan(path: str) -> Iterator[Extent]:
     """
     with storage.open_file(path) as file:
         members = tars.members(file, path, ends=True)
-        for row, (_, sample) in enumerate(groupby(members, key=lambda member: _split(member.name)[0])):
+        for row, (_, sample) in enumerate(_samples(members)):
             first, *others = sample
             last = others[-1] if others else first
-            yield Extent(first.offset, last.offset_data + -(-last.size // tars.BLOCK) * tars.BLOCK, row + 1)
+            yield Extent(first.offset, tars.stop(last), row + 1)
 
 
 def read(path: str, span: Span) -> Iterator[Row]:
     """The samples of `span`, in order; one that is no record carries a RowError."""
     file = io.BytesIO(storage.read_range(path, span.start, span.stop))
-    samples = groupby(tars.members(file, path, ends=False), key=lambda member: _split(member.name)[0])
+    samples = _samples(tars.members(file, path, ends=False))
     for position, (name, sample) in enumerate(samples, start=span.first_row):
-        parts = [(_split(each.name)[1], file.getbuffer()[each.offset_data :][: each.size].tobytes()) for each in sample]
+        files, links = [], []
+        for each in sample:
+            suffix = _split(each.name)[1]
+            if tars.is_link(each):
+                links.append((suffix, each))
+            else:
+                files.append((suffix, file.getbuffer()[each.offset_data :][: each.size].tobytes()))
         content: Record | RowError
         try:
-            content = _record(name, parts)
+            content = _record(name, files, links)
         except RowError as error:
             content = error
         yield Row(position, f"{path}:{name} (sample {position})", content)
 
 
-def _record(name: str, parts: list[tuple[str, bytes]]) -> Record:
-    held = dict(parts)
+def _samples(members: Iterator[TarInfo]) -> Iterator[tuple[str, Iterator[TarInfo]]]:
+    """The name and the members of each sample; links to what would not be read are passed over."""
+    kept = (each for each in members if not tars.is_link(each) or _split(each.name)[1] in _READ)
+    return groupby(kept, key=lambda member: _split(member.name)[0])
+
+
+def _record(name: str, files: list[tuple[str, bytes]], links: list[tuple[str, TarInfo]]) -> Record:
+    held = dict(files)
     row = json_rows.parse(held["json"]) if "json" in held else {}
     if isinstance(row, RowError):
         raise row
     own_id = fields.own_id(row) or name
-    images = [data for suffix, data in parts if suffix in IMAGE_SUFFIXES]
+    _check_links(links, own_id)
+    images = [data for suffix, data in files if suffix in IMAGE_SUFFIXES]
     # What the row itself says of images are names that they had before they came into the tar.
     row = {field: value for field, value in row.items() if field != "image"} | {"id": own_id, "images": images}
     if "messages" in row:
@@ -64,6 +80,14 @@ def _record(name: str, parts: list[tuple[str, bytes]]) -> Record:
     if "conversations" in row:
         return sharegpt.record(row)
     return fields.record(row, own_id, _caption(row, held, own_id), fields.one_image(images, own_id))
+
+
+def _check_links(links: list[tuple[str, TarInfo]], own_id: str) -> None:
+    for suffix, link in links:
+        reason = "image_not_a_file" if suffix in IMAGE_SUFFIXES else "row_malformed"
+        remedy = "--hard-dereference" if link.islnk() else "--dereference"
+        detail = f"{link.name} is a link to {link.linkname}, not a file in the tar; pack it with tar {remedy}"
+        raise RowError(reason, detail, own_id)
 
 
 def _caption(row: dict[str, object], held: dict[str, bytes], own_id: str) -> list[Message]:

@@ -120,6 +120,44 @@ def test_what_is_refused_harms_no_neighbour(tmp_path: Path, files: Any, reason: 
     assert records([good])[0].image == b"y"
 
 
+def link(name: str, target: str, kind: bytes = tarfile.LNKTYPE, size: int = 0) -> tarfile.TarInfo:
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname, member.size = kind, target, size
+    return member
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 100])
+@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_a_sample_with_a_link_is_refused_and_counted(tmp_path: Path, chunk: int, form: int) -> None:
+    path = tmp_path / "0.tar"
+    members: list[tuple[str, bytes] | tarfile.TarInfo] = [
+        *(("0.jpg", b"x"), ("0.txt", b"t")),
+        *(link("1.jpg", "0.jpg", size=1), ("1.txt", b"t")),  # some packers tell the other file's size
+        *(link("2.jpg", "0.jpg", tarfile.SYMTYPE), ("2.json", b'{"id": "own", "caption": "t"}')),
+        *(("3.jpg", b"x"), link("3.txt", "0.txt", size=1)),
+        *(("4.jpg", b"x"), link("4.json", "0.json")),
+        *(link("5.jpg", "é" * 150 + ".jpg"), link("5.txt", "0.txt")),
+        *(("6.jpg", b"x"), ("6.txt", b"t"), link("6.cls", "0.cls", size=1)),  # which is not read
+        link("latest", "6", tarfile.SYMTYPE),
+    ]
+    with tarfile.open(path, "w", format=form) as tar:
+        for member in members:
+            if isinstance(member, tarfile.TarInfo):
+                tar.addfile(member)
+            else:
+                file = tarfile.TarInfo(member[0])
+                file.size = len(member[1])
+                tar.addfile(file, io.BytesIO(member[1]))
+    first, *bad, last = read_rows("webdataset", path, chunk)
+    assert [each.image for each in records([first, last])] == [b"x", b"x"]
+    assert [(error(row).reason, error(row).id) for row in bad] == [
+        *(("image_not_a_file", "1"), ("image_not_a_file", "own")),
+        *(("row_malformed", "3"), ("row_malformed", "4"), ("image_not_a_file", "5")),
+    ]
+    for row, name, remedy in ((bad[0], "1.jpg", "--hard-dereference"), (bad[1], "2.jpg", "--dereference")):
+        assert error(row).detail == f"{name} is a link to 0.jpg, not a file in the tar; pack it with tar {remedy}"
+
+
 def test_tars_that_are_broken_are_named(tmp_path: Path) -> None:
     path = write(tmp_path / "0.tar", {f"{n}.txt": b"x" * 3000 for n in range(6)})
     data = path.read_bytes()
