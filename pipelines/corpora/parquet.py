@@ -2,8 +2,8 @@
 
 Columns: `image` or `images` (structs, bytes or paths; a row may have one image), `conversations` (ShareGPT's or LLaVA's
 turns) or `messages` (chat messages), or where there are neither `question` and maybe `answer`, and `id`,
-`question_types` where there are such. Where the struct has no bytes, its path is one below the image root. The others
-are not read.
+`question_types` where there are such. Where the struct has no bytes, its path is one below the image root; a struct
+with neither is an image that got lost, no struct a row without one. The others are not read.
 
 A row can be had only by decoding its row group from the beginning. So a chunk costs least where row groups are not much
 larger than it: the hub's have 100 rows where there are images, 1000 otherwise.
@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines import storage
-from pipelines.corpora import messages, questions, sharegpt
+from pipelines.corpora import fields, messages, questions, sharegpt
 from pipelines.corpora.spans import Extent, Span
 from pipelines.records import FileFormatError, Record, Row, RowError
 
@@ -87,9 +87,10 @@ def _naming(what: str) -> Iterator[None]:
 def _content(batch: pa.RecordBatch, row: int) -> Record | RowError:
     try:
         [value] = batch.slice(row, 1).to_pylist()
+        own_id = fields.own_id(value)
         for field in ("image", "images"):
             held = value.get(field)
-            value[field] = [_image(each) for each in held] if isinstance(held, list) else _image(held)
+            value[field] = [_image(each, own_id) for each in held] if isinstance(held, list) else _image(held, own_id)
         return next(record for field, record in _TEXTS.items() if field in value)(value)
     except UnicodeDecodeError as error:
         return RowError("row_malformed", f"not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}")
@@ -97,7 +98,11 @@ def _content(batch: pa.RecordBatch, row: int) -> Record | RowError:
         return error
 
 
-def _image(value: Any) -> Any:
+def _image(value: Any, own_id: str) -> Any:
     if not isinstance(value, dict):
         return value
-    return value.get("path") if value.get("bytes") is None else value["bytes"]
+    if value.get("bytes") is not None:
+        return value["bytes"]
+    if not value.get("path"):
+        raise RowError("image_missing", f"the image is a struct ({', '.join(value)}) without bytes and path", own_id)
+    return value["path"]

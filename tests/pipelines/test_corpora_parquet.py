@@ -78,8 +78,30 @@ def test_a_bad_row_between_good_ones(tmp_path: Path) -> None:
     none = {"id": "n", "image": good["image"], "conversations": None}
     first, second, third, fourth, last = read_rows("parquet", write(tmp_path, [good, bad, empty, none, good]))
     assert [each.image for each in records([first, third, last])] == [b"x", b"", b"x"]
-    assert (error(second).reason, error(second).id) == ("image_marker_mismatch", "b")
+    assert (error(second).reason, error(second).id) == ("image_missing", "b")
     assert (error(fourth).reason, error(fourth).id) == ("row_malformed", "n")
+
+
+@pytest.mark.parametrize(
+    ("image", "fields"),
+    [
+        ({"bytes": None, "path": None}, "bytes, path"),
+        ({"bytes": None, "path": ""}, "bytes, path"),
+        ({"url": "http://host/a.jpg"}, "url"),
+    ],
+)
+def test_a_struct_without_an_image_is_no_row_of_text(tmp_path: Path, image: dict[str, Any], fields: str) -> None:
+    schema = pa.schema([("image", pa.struct([(name, pa.string()) for name in image])), ("question", pa.string())])
+    rows = [{"image": image, "question": "Q"}, {"image": None, "question": "Q"}]
+    bad, text = read_rows("parquet", write(tmp_path, rows, schema=schema))
+    assert (error(bad).reason, error(bad).detail) == (
+        "image_missing",
+        f"the image is a struct ({fields}) without bytes and path",
+    )
+    assert records([text])[0].image is None
+    listed = [{"images": [image], "question": "Q"}]
+    [bad] = read_rows("parquet", write(tmp_path, listed))
+    assert error(bad).reason == "image_missing"
 
 
 def test_text_that_is_no_utf_8(tmp_path: Path) -> None:
