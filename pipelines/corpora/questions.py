@@ -1,6 +1,8 @@
 """Questions as VQA sets keep them: `{"id"?, "image"?, "question", "answer"?}`, in JSON or JSON lines.
 
-A row without an answer is there to be annotated. Parquet with a column `question` is read by the same rules.
+A row without an answer is there to be annotated. A question need not have the marker `<image>`; where it has one, the
+row has an image, and the marker is taken out as in LLaVA's format. Parquet with a column `question` is read by the same
+rules.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ def record(row: Any) -> Record:
     """The record of a row as JSON holds it.
 
     Raises:
-        RowError: row_malformed, too_many_images.
+        RowError: row_malformed, too_many_images, image_marker_mismatch.
     """
     own_id = fields.own_id(row)
     messages = []
@@ -38,4 +40,7 @@ def record(row: Any) -> Record:
         if not isinstance(value, str):
             raise RowError("row_malformed", f"'{field}' is text, this is {fields.kind(value)}", own_id)
         messages.append(Message(role=role, content=fields.text(value, field, own_id)))
-    return fields.record(row, own_id, messages, fields.one_image(fields.images(row, own_id), own_id))
+    image = fields.one_image(fields.images(row, own_id), own_id)
+    if fields.IMAGE_MARKER in messages[0]["content"]:
+        messages = fields.without_marker(messages, image is not None, own_id)
+    return fields.record(row, own_id, messages, image)

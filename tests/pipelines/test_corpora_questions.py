@@ -13,7 +13,7 @@ import pytest
 from tests.formats import error, read_rows, records
 
 ROWS = [
-    {"id": "1", "image": "a.jpg", "question": "What <image> is it?", "answer": "A cat."},
+    {"id": "1", "image": "a.jpg", "question": "<image>\nWhat is it?", "answer": "An <image>."},
     {"id": "2", "image": "a.jpg", "question": "How many?", "answer": None},
     {"id": "", "image": None, "question": "", "answer": ""},
 ]
@@ -22,8 +22,8 @@ ROWS = [
 def check(found: list[Any]) -> None:
     first, second, third = records(found)
     assert first.messages == [
-        {"role": "user", "content": "What <image> is it?"},
-        {"role": "assistant", "content": "A cat."},
+        {"role": "user", "content": "What is it?"},
+        {"role": "assistant", "content": "An <image>."},
     ]
     assert (second.id, second.image, second.messages) == ("2", "a.jpg", [{"role": "user", "content": "How many?"}])
     assert (third.image, [message["content"] for message in third.messages]) == (None, ["", ""])
@@ -64,3 +64,18 @@ def test_what_is_refused(tmp_path: Path, row: dict[str, Any], detail: str) -> No
     [found] = read_rows("questions", path)
     assert (error(found).reason, error(found).id) == ("row_malformed", "r")
     assert detail in error(found).detail
+
+
+@pytest.mark.parametrize(
+    ("row", "detail"),
+    [
+        ({"image": "a.jpg", "question": "<image> or <image>?"}, "2 <image> for 1 image(s)"),
+        ({"question": "<image>\nWhat is it?"}, "1 <image> for 0 image(s)"),
+    ],
+)
+def test_more_markers_than_images(tmp_path: Path, row: dict[str, Any], detail: str) -> None:
+    path = tmp_path / "questions.jsonl"
+    path.write_text(json.dumps(row))
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "questions.parquet")
+    for found in (*read_rows("questions", path), *read_rows("parquet", tmp_path / "questions.parquet")):
+        assert (error(found).reason, error(found).detail) == ("image_marker_mismatch", detail)
