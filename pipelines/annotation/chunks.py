@@ -87,7 +87,7 @@ class ChunkAnnotator:
             return self._prompt(source, row_key(source.name, row.position, chunk.repeat), row, image)
 
         images = ImageFolder(files.image_root) if files.image_root else None
-        for row, (messages, prompt) in with_images(rows, images, source.name, make):
+        for row, (messages, prompt) in with_images(rows, images, source, make):
             key = row_key(source.name, row.position, chunk.repeat)
             if isinstance(prompt, Answered):
                 answer: Future[Answered] = Future()

@@ -35,7 +35,7 @@ def estimate_bytes(plan: Plan, files: Sequence[SourceFiles]) -> int:
     What rows share is counted for each of them. `files` says where each source lies.
 
     Raises:
-        PlanError: a row names its image, and its source has no image_root.
+        PlanError: a row names its image, as all rows of its format do, and its source has no image_root.
     """
     step = math.ceil(len(plan.chunks) / _CHUNKS)
     looked_at = plan.chunks[::step]
@@ -49,7 +49,7 @@ def _chunk_bytes(plan: Plan, chunk: Chunk, files: SourceFiles) -> float:
     if files.image_root is None:
         for row in rows:
             with suppress(RowError):  # it will go to the quarantine
-                row_image(row, None, source.name)
+                row_image(row, None, source)
     records = [row.content for row in rows if isinstance(row.content, Record)]
     text = sum(len(message["content"]) for record in records for message in record.messages)
     images = [record.image for record in records if record.image is not None]

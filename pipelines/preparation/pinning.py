@@ -17,14 +17,13 @@ import numpy as np
 
 from pipelines.preparation.image_pins import ImagePins, image_hash
 from pipelines.preparation.plan import Chunk, read_chunk
-from pipelines.preparation.row_images import SourceFiles, plain_path
+from pipelines.preparation.row_images import MAY_HOLD_IMAGES, SourceFiles, plain_path, row_image
 from pipelines.preparation.sources import SourceTerms
 from pipelines.records import RowError
 from pipelines.storage_states import ObjectFolder
 
 _ROWS_AT_ONCE = 20_000  # parsed and held by a task: tens of megabytes
 _ROWS_AT_ONCE_OF_IMAGES = 500  # likewise, where a row may bring its image
-_MAY_HOLD_IMAGES = ("parquet", "messages")  # formats whose rows name an image or bring it
 _WITH_THEIR_IMAGES = ("webdataset",)  # formats whose rows name no image
 _LISTED_AT_ONCE = 10_000  # objects of a folder, which may have many that no row names
 _FOLDERS_AT_ONCE = 64
@@ -60,19 +59,22 @@ class Listed:
 
 
 def stretches(sources: Sequence[SourceTerms], chunks: Sequence[Chunk]) -> list[Chunk]:
-    """The rows of `chunks` that may name images, in runs that are larger than chunks: nothing is decoded of them."""
+    """The rows of `chunks` that may name images, in runs that are larger than chunks: nothing is decoded of them.
+
+    Without an image root, those that must not name any.
+    """
     naming = (
         chunk
         for chunk in chunks
         # What is taken a second time was taken a first time.
-        if sources[chunk.source].image_root
-        and chunk.repeat == 0
+        if chunk.repeat == 0
+        and (sources[chunk.source].image_root or sources[chunk.source].format not in MAY_HOLD_IMAGES)
         and sources[chunk.source].format not in _WITH_THEIR_IMAGES
     )
     runs: list[Chunk] = []
     for chunk in naming:
         last = runs[-1] if runs else None
-        may_hold_images = sources[chunk.source].format in _MAY_HOLD_IMAGES
+        may_hold_images = sources[chunk.source].format in MAY_HOLD_IMAGES
         most = _ROWS_AT_ONCE_OF_IMAGES if may_hold_images else _ROWS_AT_ONCE
         if last and last.source == chunk.source and last.rows + chunk.rows <= most:
             runs[-1] = last.model_copy(update={"stop": chunk.stop, "rows": last.rows + chunk.rows})
@@ -86,14 +88,15 @@ def find_pins(
 ) -> ImagePins | None:
     """The pins of a plan with these `chunks`, as the images are now; None where no row can name one.
 
-    Raises: as `read_chunk`; StorageError: a store kept failing.
+    Raises: as `named_images`; StorageError: a store kept failing.
     """
     runs = stretches(sources, chunks)
-    if not runs:
-        return None
     parts = each(named_images, (), [(sources[run.source], files[run.source].path, run) for run in runs])
+    roots = dict.fromkeys(sources[run.source].image_root for run in runs if sources[run.source].image_root)
+    if not roots:
+        return None
     found, absent, unpinned = [np.empty((0, 3), np.uint64)], [np.empty(0, np.uint64)], 0
-    for root in dict.fromkeys(str(sources[run.source].image_root) for run in runs):
+    for root in map(str, roots):
         of_root = [number for number, run in enumerate(runs) if sources[run.source].image_root == root]
         named = merge(parts[number] for number in of_root)
         place = str(files[runs[of_root[0]].source].image_root)
@@ -112,7 +115,7 @@ def find_pins(
 def named_images(source: SourceTerms, path: str, stretch: Chunk) -> Named:
     """The images that the rows of `stretch` name.
 
-    Raises: as `read_chunk`.
+    Raises: as `read_chunk`; PlanError: there is one, and `source` has no image_root and needs one.
     """
     names: set[int] = set()
     folders: set[str] = set()
@@ -122,6 +125,8 @@ def named_images(source: SourceTerms, path: str, stretch: Chunk) -> Named:
             continue
         try:
             image = plain_path(image)
+            if source.image_root is None:
+                row_image(row, None, source)
         except RowError:
             continue  # its row goes to the quarantine
         names.add(image_hash(str(source.image_root), image))

@@ -25,6 +25,9 @@ _ROWS_AT_ONCE, _ROWS_AT_ONCE_OF_DISK = 4, 16
 _MOST_BYTES = 2**29
 _SCHEME = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]*:/")
 
+MAY_HOLD_IMAGES = ("parquet", "messages", "webdataset")
+"""Formats whose rows may bring their image instead of naming it."""
+
 Made = TypeVar("Made")
 
 
@@ -94,14 +97,17 @@ class ImageFolder:
 
 
 def with_images(
-    rows: Sequence[Row], images: ImageFolder | None, source: str, make: Callable[[Row, bytes | RowError | None], Made]
+    rows: Sequence[Row],
+    images: ImageFolder | None,
+    source: SourceTerms,
+    make: Callable[[Row, bytes | RowError | None], Made],
 ) -> Iterator[tuple[Row, Made]]:
-    """`rows`, in order, each with what `make` makes of it and its image; done ahead, by threads.
+    """`rows` of `source`, in order, each with what `make` makes of it and its image; done ahead, by threads.
 
     `make` gets the image as received, why it cannot be had, or None where the row has none.
 
     Raises:
-        PlanError: a row names its image and `images` is None, or the image has changed since the plan was made.
+        PlanError: as `row_image`.
         Exception: what `make` raised.
     """
 
@@ -129,19 +135,25 @@ def with_images(
             threads.shutdown(wait=False, cancel_futures=True)
 
 
-def row_image(row: Row, images: ImageFolder | None, source: str) -> bytes | None:
+def row_image(row: Row, images: ImageFolder | None, source: SourceTerms) -> bytes | None:
     """The image of `row`, a row of `source`, as received; None where it has none.
 
     Raises:
-        RowError: as `ImageFolder.read`.
-        PlanError: it names its image, and `images` is None; or as `ImageFolder.read`.
+        RowError: as `ImageFolder.read`; image_missing: it names its image where others may bring theirs, and `images`
+            is None.
+        PlanError: it names its image, as all rows of its format do, and `images` is None; or as `ImageFolder.read`.
     """
     image = None if isinstance(row.content, RowError) else row.content.image
     if not isinstance(image, str):
         return image
     check_path(image)
+    if images is None and source.format in MAY_HOLD_IMAGES:
+        # The others need no root. To give the source one is to begin anew, which one row is not worth.
+        raise RowError("image_missing", f"names {image!r}, has no bytes, and the source has no image_root")
     if images is None:
-        raise PlanError(f"source '{source}': {row.location} has an image, but the source has no image_root: set it")
+        raise PlanError(
+            f"source '{source.name}': {row.location} has an image, but the source has no image_root: set it"
+        )
     return images.read(image)
 
 

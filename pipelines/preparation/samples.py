@@ -130,7 +130,7 @@ class SampleMaker:
             texts = [self._tokens(row.content) for row in rows]
         place, root = files.image_root, source.image_root or ""
         images = ImageFolder(place, root, self.pins) if place else None
-        fetched = with_images(rows, images, source.name, self._picture)
+        fetched = with_images(rows, images, source, self._picture)
         samples = [
             {**_EMPTY, "chunk": number, "key": row_key(source.name, row.position, chunk.repeat)}
             | {"source": source.corpus, "location": row.location}

@@ -96,7 +96,7 @@ class PrepareSettings(JobSettings):
     """Find out, when the plan is made, in what state every image is that rows name by its path, and end with an error
     where one is read in another. While planning, costs 0.04 ms of a CPU per row, and of an object store a request for
     each folder that rows name, with one more for every further thousand objects in it; 24 bytes an image are kept. Off,
-    an image is what it is when it is read."""
+    an image is what it is when it is read, and where an image_root is missing is found out by then."""
     max_length: int | None = Field(default=None, gt=0)
     """Rows of more tokens are quarantined; default: the processor's."""
     chunk_rows: int | None = Field(default=None, gt=0)

@@ -41,7 +41,7 @@ def test_rows_that_name_images_need_a_root_in_a_dry_run_too(tmp_path: Path) -> N
     write_corpus(tmp_path, 8)
     write_processor(tmp_path)
     source = {"path": str(tmp_path / "corpus.jsonl")}
-    ledger, maker = begin(prepare_settings(tmp_path, sources=[source]))
+    ledger, maker = begin(prepare_settings(tmp_path, sources=[source], pin_images=False))
     with pytest.raises(
         PlanError, match=r"source 'corpus': .*corpus\.jsonl:1 has an image, but .* no image_root: set it"
     ):

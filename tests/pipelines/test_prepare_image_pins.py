@@ -179,8 +179,6 @@ def test_rows_are_read_in_runs_larger_than_chunks(tmp_path: Path, monkeypatch: p
             if n % 4 != 3
         }
         assert set(named_images(terms[run.source], terms[run.source].path, run).names.tolist()) == expected
-    bare = [term.model_copy(update={"image_root": None}) for term in terms]
-    assert find_pins(bare, [SourceFiles(term.path, None) for term in terms], chunks) is None
 
 
 @pytest.mark.parametrize("format", ["parquet", "messages"])
