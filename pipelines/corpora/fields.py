@@ -20,8 +20,11 @@ def own_id(row: Any) -> str:
     value = row.get("id")
     if value is None:
         value = ""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # which pandas spells 1.0 in a column where some are missing
     if isinstance(value, bool) or not isinstance(value, str | int):
-        raise RowError("row_malformed", f"'id' is text or a number, this is {kind(value)}")
+        found = value if isinstance(value, float) else kind(value)
+        raise RowError("row_malformed", f"'id' is text or a whole number, this is {found}")
     return text(str(value), "id", "")
 
 

@@ -70,6 +70,19 @@ def test_other_names_of_roles_number_ids_and_question_types(tmp_path: Path) -> N
     assert (found.id, found.image, found.question_types) == ("7", "a.jpg", ["colour"])
 
 
+@pytest.mark.parametrize(("own", "text"), [(1.0, "1"), (-3.0, "-3"), (2**60, str(2**60)), ("1.5", "1.5")])
+def test_ids_that_are_whole_numbers(tmp_path: Path, own: Any, text: str) -> None:
+    assert record(tmp_path, {"id": own, "conversations": turns("Q", "A")}).id == text
+
+
+@pytest.mark.parametrize(
+    ("own", "found"), [(1.5, "1.5"), (float("nan"), "nan"), (float("inf"), "inf"), (True, "a truth value")]
+)
+def test_ids_that_are_none(tmp_path: Path, own: Any, found: str) -> None:
+    refused = error(tmp_path, {"id": own, "conversations": turns("Q", "A")})
+    assert refused.detail == f"'id' is text or a whole number, this is {found}"
+
+
 def test_positions_run_through_the_file(tmp_path: Path) -> None:
     rows = read(tmp_path, *({"id": str(i), "conversations": turns("Q", "A")} for i in range(5)))
     assert [row.position for row in rows] == [0, 1, 2, 3, 4]
