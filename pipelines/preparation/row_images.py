@@ -23,7 +23,8 @@ _FETCHED_AHEAD = 64  # rows
 _ROWS_AT_ONCE, _ROWS_AT_ONCE_OF_DISK = 4, 16
 # Far above any image that is taken: 50 million pixels of four channels with 16 bits each, not compressed, are 400 MB.
 _MOST_BYTES = 2**29
-_SCHEME = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]*:/")
+# Of an address that is no path. A file may be named a:b.jpg, but the two that need no slash are taken at their word.
+_SCHEME = re.compile(r"^(?:[a-zA-Z][a-zA-Z0-9+.-]*:/|(?i:data|file):)")
 
 MAY_HOLD_IMAGES = ("parquet", "messages", "webdataset")
 """Formats whose rows may bring their image instead of naming it."""

@@ -149,6 +149,9 @@ class SampleMaker:
                 content.messages, content.image is not None, self.terms.layout, max_length=self.terms.max_length
             )
         except ConversationError as error:
+            is_caption = content.image is not None and len(content.messages) == 2
+            if error.reason == "empty_question" and is_caption:
+                return RowError(error.reason, f"{error.detail}; a corpus of captions is prepared with layout: caption")
             return error
         if all(label == IGNORED_LABEL for label in tokens["labels"]):
             return RowError("no_loss_tokens", "no token of this row is learned: it ends without an answer")

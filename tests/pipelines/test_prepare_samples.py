@@ -71,6 +71,18 @@ def test_caption_layout_keeps_the_instruction_in_the_messages(tmp_path: Path, pr
     assert sample["input_ids"] == processor.encode(sample["messages"], True, "caption")["input_ids"]
 
 
+def test_a_caption_in_the_chat_layout_says_which_layout_it_is_for(
+    tmp_path: Path, processor: FlashSlothProcessor
+) -> None:
+    turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a red square"}]
+    path = write_corpus(tmp_path, [row(0, conversations=turns)])
+    [sample] = make(path, processor, tmp_path)
+    assert sample["reason"] == "empty_question"
+    assert sample["detail"].endswith("; a corpus of captions is prepared with layout: caption")
+    [sample] = make(path, processor, tmp_path, layout="caption")
+    assert sample["reason"] is None
+
+
 def test_each_bad_row_has_its_reason_and_harms_no_neighbour(tmp_path: Path, processor: FlashSlothProcessor) -> None:
     (tmp_path / "images").mkdir()
     bad = bad_rows(tmp_path)
@@ -97,6 +109,9 @@ def test_each_bad_row_has_its_reason_and_harms_no_neighbour(tmp_path: Path, proc
         "file:///etc/passwd",
         "http://host/a.jpg",
         "s3://b/a.jpg",
+        "data:image/png;base64,AAAA",
+        "DATA:,x",
+        "file:a.jpg",
         "..\\a.jpg",
     ],
 )
@@ -133,9 +148,10 @@ def test_a_file_without_an_end_is_not_read(tmp_path: Path) -> None:
     assert peak_growth(reasons) < 20 * 2**20
 
 
-def test_file_names_with_dots_and_blanks(tmp_path: Path) -> None:
-    (tmp_path / "a..b c.jpg").write_bytes(b"x")
-    assert fetch_image(str(tmp_path), "a..b c.jpg") == b"x"
+@pytest.mark.parametrize("image", ["a..b c.jpg", "a:b.jpg", "database:1.jpg"])
+def test_file_names_with_dots_blanks_and_colons(tmp_path: Path, image: str) -> None:
+    (tmp_path / image).write_bytes(b"x")
+    assert fetch_image(str(tmp_path), image) == b"x"
 
 
 @pytest.mark.s3
