@@ -9,7 +9,6 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import yaml
-from pydantic import ValidationError
 
 from flashsloth import FlashSlothProcessor
 from flashsloth.image_processing_flashsloth import WITH_GIF, decode_image
@@ -150,10 +149,16 @@ def _processor(folder: str, manifest: Manifest) -> tuple[FlashSlothProcessor | N
     """The processor that the dataset was prepared with, if it still is where its settings say."""
     uri = storage.join(folder, CONFIG_NAME)
     try:
-        processor = load_processor(PrepareSettings(**yaml.safe_load(storage.read_bytes(uri))))
+        text = storage.read_bytes(uri)
     except FileNotFoundError:
         return None, f"no {CONFIG_NAME} here, so token ids are not shown as text"
-    except (PlanError, ValidationError) as error:
+    try:
+        settings = PrepareSettings(**yaml.safe_load(text))
+    except (yaml.YAMLError, TypeError, ValueError):  # cut off, no mapping, or not of these fields
+        return None, f"token ids are not shown as text: {uri} is damaged, or of another version; restore it"
+    try:
+        processor = load_processor(settings)
+    except PlanError as error:
         return None, f"token ids are not shown as text: {str(error).splitlines()[0]}"
     if processor.identity() != manifest.processor_identity:
         return None, "token ids are not shown as text: the processor has changed since"

@@ -202,6 +202,16 @@ def test_inspect_without_the_processor_says_so(changeable: Path, capsys: pytest.
     assert "corpus:0  (id own-0" in out and "given" not in out
 
 
+@pytest.mark.parametrize("text", ["{", "foo: [", "foo", "", "1: 2", "foo: 2024-13-45", "foo: 1"])
+def test_inspect_with_damaged_settings_says_so(changeable: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
+    path = changeable / "config.yaml"
+    path.write_text(text)
+    assert main(["inspect", str(changeable)]) == 0
+    out, err = capsys.readouterr()
+    assert err == f"token ids are not shown as text: {path} is damaged, or of another version; restore it\n"
+    assert "corpus:0  (id own-0" in out and "given" not in out
+
+
 def test_gc_removes_only_what_no_receipt_names(changeable: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kept = {path for path in changeable.rglob("*") if path.is_file()}
     orphan, part = (
