@@ -131,10 +131,16 @@ class ReceiptBook(ABC, Generic[PlanKind, ReceiptKind]):
         if self.num_bad <= self.max_bad_share * planned and self.num_bad < planned:
             return
         listed = ", ".join(f"{reason} {count}" for reason, count in self.reasons.most_common())
+        told = f"{self.output}: {self.num_bad} of {planned} rows are {self.bad} ({listed})"
+        if self.num_bad >= planned:
+            raise PublishError(
+                f"{told}, so no row is left to publish, at any {self.share_field}; for example {self.bad_example()}. "
+                "Look at what all rows share, such as their source's format and image_root, and write into another "
+                "output"
+            )
         raise PublishError(
-            f"{self.output}: {self.num_bad} of {planned} rows are {self.bad} ({listed}), more than {self.share_field} "
-            f"{self.max_bad_share:g} allows; for example {self.bad_example()}. Nothing is published. Raise the share, "
-            "or mend the corpus and write into another output"
+            f"{told}, more than {self.share_field} {self.max_bad_share:g} allows; for example {self.bad_example()}. "
+            "Nothing is published. Raise the share, or mend the corpus and write into another output"
         )
 
     def check_complete(self) -> None:

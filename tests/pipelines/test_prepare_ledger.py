@@ -136,8 +136,10 @@ def test_all_rows_bad_is_an_error_at_any_share(tmp_path: Path) -> None:
     plan = make_plan(chunks=1)
     ledger = Ledger(str(tmp_path), plan, max_quarantined_share=1.0)
     ledger.commit(make_receipt(str(tmp_path), plan, 0, bad=2))
-    with pytest.raises(PublishError, match="2 of 2 rows"):
+    with pytest.raises(PublishError, match=r"2 of 2 rows are quarantined .*so no row is left to publish") as raised:
         ledger.publish()
+    assert "Raise the share" not in str(raised.value) and "1 allows" not in str(raised.value)
+    assert "for example c.json:1: image_missing: gone" in str(raised.value)
     assert not (tmp_path / "manifest.json").exists()
 
 
