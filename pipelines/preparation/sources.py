@@ -47,7 +47,7 @@ def source_terms(sources: Sequence[SourceSettings]) -> list[SourceTerms]:
     """The files of `sources`, in order, each with its fingerprint.
 
     Raises:
-        PlanError: there is no such file, it may not be read, or two sources have it.
+        PlanError: there is no such file, it may not be read, its name is not UTF-8, or two sources have it.
     """
     named = [(source, *each) for source in sources for each in _files(source)]
     seen: dict[str, str] = {}
@@ -116,7 +116,18 @@ def _files(source: SourceSettings) -> Iterator[tuple[str, str]]:
     if not found:
         raise PlanError(f"source '{source.name}': no file matches {source.path}")
     for name, path in found.items():
+        if not _is_utf8(name):
+            raise PlanError(f"source '{source.name}': the name of {path!r} is not UTF-8, as a row's key is; rename it")
         yield f"{source.name}/{name}", path
+
+
+def _is_utf8(name: str) -> bool:
+    """Whether `name` is text: of other bytes in a file's name, Python makes halves of surrogate pairs."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _place(path: str) -> str:

@@ -185,6 +185,15 @@ def test_mistakes_in_a_source_are_named(tmp_path: Path) -> None:
         source_terms([SourceSettings(path=f"{tmp_path}/a.json")])
 
 
+def test_a_file_whose_name_is_no_text_is_named(tmp_path: Path) -> None:
+    write(tmp_path, "a.jsonl", 2)
+    write(tmp_path, "b\udcff.jsonl", 2)
+    message = f"source 'mix': the name of '{tmp_path}/b\\udcff.jsonl' is not UTF-8, as a row's key is; rename it"
+    with pytest.raises(PlanError, match=re.escape(message)) as raised:
+        source_terms([SourceSettings(path=f"{tmp_path}/*.jsonl", name="mix")])
+    str(raised.value).encode()
+
+
 def test_a_source_without_rows_is_named(tmp_path: Path) -> None:
     good, empty = write(tmp_path, "a.jsonl", 2), write(tmp_path, "b.jsonl", 0)
     with pytest.raises(PlanError, match=rf"source 'b': {empty} holds no rows"):
