@@ -59,6 +59,9 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
         StorageError: nothing that is installed knows `uri`'s protocol; the message says what to install.
     """
     protocol = uri.partition("://")[0] if "://" in uri else "file"
+    if protocol in LocalFileSystem.protocol:  # fsspec would take a :: in a file's name for one store in another
+        disk = fsspec.filesystem("file")
+        return disk, disk._strip_protocol(uri)
     try:
         file_system, path = fsspec.core.url_to_fs(uri, **_OPTIONS.get(protocol, {}))
     except (ImportError, ValueError) as error:

@@ -60,6 +60,13 @@ def test_a_pattern_stands_for_files_in_the_order_of_their_names(tmp_path: Path) 
     assert len({term.fingerprint for term in terms}) == 2
 
 
+def test_a_path_with_two_colons_is_a_file_like_any_other(tmp_path: Path) -> None:
+    path = write(tmp_path, "d::e/a::b.jsonl", 2)
+    for spelling in (str(path), f"file://{path}", f"{tmp_path}/d::e/*.jsonl"):
+        terms, chunks = plan_of(SourceSettings(path=spelling, name="a"))
+        assert ids(terms, chunks) == ["d::e/a::b.jsonl-0", "d::e/a::b.jsonl-1"]
+
+
 @pytest.mark.parametrize(("limit", "expected"), [(3, [3]), (5, [4, 1]), (7, [4, 1, 2]), (99, [4, 1, 4, 2])])
 def test_a_limit_counts_the_rows_of_all_files(tmp_path: Path, limit: int, expected: list[int]) -> None:
     for name, rows in (("a.jsonl", 5), ("b.jsonl", 6)):

@@ -139,6 +139,17 @@ def test_local_paths_become_absolute_and_uris_stay(tmp_path: Path, monkeypatch: 
     assert storage.resolve("s3://bucket/folder/") == "s3://bucket/folder"
 
 
+def test_a_local_path_may_hold_what_elsewhere_chains_stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "a::b" / "c::d.bin"
+    storage.write_bytes("a::b/c::d.bin", b"x")
+    assert path.read_bytes() == b"x"
+    for uri in (str(path), f"file://{path}", f"local://{path}"):
+        assert storage.read_bytes(uri) == b"x"
+        assert storage.resolve(uri) == str(path)
+        assert storage.match(f"{uri[:-4]}*") == {"c::d.bin": str(path)}
+
+
 def test_patterns_match_files_in_the_order_of_their_names(place: str) -> None:
     for name in ("b/2.tar", "b/1.tar", "b/1.json", "b/c/3.tar", "4.tar"):
         storage.write_bytes(storage.join(place, "data", name), b"x")
