@@ -56,8 +56,5 @@ def make_terms(settings: AnnotateSettings, model: str) -> AnnotationTerms:
 
 
 def load_plan(output: str) -> AnnotationPlan | None:
-    """The plan that the folder `output` belongs to; None in a folder without one."""
-    try:
-        return AnnotationPlan.model_validate_json(storage.read_bytes(storage.join(output, PLAN_NAME)))
-    except FileNotFoundError:
-        return None
+    """As `CorpusPlan.load`, for an annotation."""
+    return AnnotationPlan.load(output)

@@ -12,6 +12,7 @@ from pipelines.annotation.plan import AnnotationPlan, load_plan
 from pipelines.preparation.plan import PLAN_NAME, Chunk
 from pipelines.records import FileFormatError
 from pipelines.shards.receipts import AccountingError, account
+from pipelines.stored_models import StoredModelError
 
 _THREADS = 4
 
@@ -23,7 +24,10 @@ def verify(folder: str) -> list[str]:
         ManifestError: `folder` holds no finished annotation.
     """
     manifest = AnnotationManifest.load(folder)
-    plan = load_plan(folder)
+    try:
+        plan = load_plan(folder)
+    except StoredModelError as error:
+        return [str(error)]
     if plan is None or plan.identity() != manifest.plan:
         found = plan.identity() if plan else "no such file"
         return [f"{storage.join(folder, PLAN_NAME)}: expected the plan with sha256 {manifest.plan}, found {found}"]

@@ -25,7 +25,7 @@ from pipelines.preparation.image_pins import PIN_FOLDER
 from pipelines.preparation.plan import PLAN_NAME, load_plan
 from pipelines.shards.images import IMAGE_FOLDER, IMAGE_PATH, image_keys, image_name
 from pipelines.shards.manifest import MANIFEST_NAME
-from pipelines.shards.receipts import RECEIPT_FOLDER, Receipt
+from pipelines.shards.receipts import RECEIPT_FOLDER, Receipt, load_receipts
 from pipelines.shards.writer import SHARD_FOLDER
 
 # Only what bears a name that we give is ours: an output may lie where its user keeps other things, images above all.
@@ -60,6 +60,7 @@ def find_garbage(folder: str, older_than_hours: float | None = None) -> list[Gar
 
     Raises:
         CollectionError: nothing was prepared here, or it has not finished and no age is given.
+        StoredModelError: a receipt or the plan is damaged, so what it names is not known.
     """
     if not storage.exists(storage.join(folder, PLAN_NAME)):
         raise CollectionError(f"{folder}: no {PLAN_NAME} here, so nothing was prepared into it; nothing is removed")
@@ -122,10 +123,7 @@ def _below(root: str, path: str) -> str:
 
 def _named(folder: str) -> set[str]:
     """Paths, below `folder`, of the shards that receipts name."""
-    names = [name for name in storage.list_names(storage.join(folder, RECEIPT_FOLDER)) if name.endswith(".json")]
-    texts = storage.read_many([storage.join(folder, RECEIPT_FOLDER, name) for name in names])
-    receipts = map(Receipt.model_validate_json, texts)
-    return {receipt.shard.name for receipt in receipts if receipt.shard}
+    return {receipt.shard.name for receipt in load_receipts(Receipt, folder) if receipt.shard}
 
 
 def _named_images(folder: str, shards: set[str]) -> set[str]:

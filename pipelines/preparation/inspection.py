@@ -20,7 +20,7 @@ from pipelines.preparation.sources import PlanError
 from pipelines.shards.integrity import check
 from pipelines.shards.manifest import Manifest
 from pipelines.shards.reader import ShardedDataset
-from pipelines.shards.receipts import QuarantinedRow, Receipt, receipt_name
+from pipelines.shards.receipts import QuarantinedRow, Receipt, load_receipt, receipt_name
 from pipelines.shards.schema import IGNORED_LABEL
 
 
@@ -53,12 +53,13 @@ class Inspector:
 
         Raises:
             InspectionError: the plan has no row with this key.
+            StoredModelError: the plan, or the row's receipt, is damaged.
         """
         plan = load_plan(self.folder)
         number, position = _chunk_of(plan, key) if plan else (None, 0)
         if plan is None or number is None:
             raise InspectionError(f"{self.folder}: no row has the key {key!r}; a key is a source's name and a position")
-        receipt = Receipt.model_validate_json(storage.read_bytes(storage.join(self.folder, receipt_name(number))))
+        receipt = load_receipt(Receipt, storage.join(self.folder, receipt_name(number)))
         rejected = {row.key: row for row in receipt.quarantined}
         if key in rejected:
             return _quarantined(rejected[key])

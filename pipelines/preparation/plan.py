@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import count, groupby, islice
-from typing import Any
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -26,8 +26,14 @@ from pipelines.preparation.image_pins import ImagePins, PinFacts
 from pipelines.preparation.sources import PlanError, SourceTerms, check_unchanged, is_taken, row_key
 from pipelines.records import FileFormatError, Row
 from pipelines.shards.manifest import Layout, Payload
+from pipelines.stored_models import load_model
 
 PLAN_NAME = "plan.json"
+# Nothing is lost with a plan: its receipts name it by its hash, so they fit the same plan, made again, and no other.
+_REMEDY = (
+    "restore it, or choose another output. If it was cut or changed, it may also be removed: the job, run again as "
+    "before, makes the same plan of the same inputs and keeps what is done"
+)
 
 
 class SourcedTerms(BaseModel):
@@ -113,6 +119,18 @@ class CorpusPlan(BaseModel):
             lines[-1] += f" and {len(others):,} more files" if others else ""
         return "\n".join(lines)
 
+    @classmethod
+    def load(cls, output: str) -> Self | None:
+        """The plan that the folder `output` belongs to; None in a folder without one.
+
+        Raises:
+            StoredModelError: it is damaged, or of another job.
+        """
+        try:
+            return load_model(cls, storage.join(output, PLAN_NAME), "a plan of this job", _REMEDY)
+        except FileNotFoundError:
+            return None
+
     def to_json(self) -> bytes:
         """The bytes that are stored."""
         return self.model_dump_json().encode()
@@ -162,11 +180,8 @@ def check_terms(output: str, planned: SourcedTerms, now: SourcedTerms) -> None:
 
 
 def load_plan(output: str) -> Plan | None:
-    """The plan that the folder `output` belongs to; None in a folder without one."""
-    try:
-        return Plan.model_validate_json(storage.read_bytes(storage.join(output, PLAN_NAME)))
-    except FileNotFoundError:
-        return None
+    """As `CorpusPlan.load`, for a preparation."""
+    return Plan.load(output)
 
 
 def scans(sources: Sequence[SourceTerms]) -> list[range]:

@@ -15,10 +15,9 @@ from pipelines import storage
 from pipelines.preparation.plan import PLAN_NAME, CorpusPlan
 from pipelines.preparation.sources import PlanError
 from pipelines.shards.manifest import MANIFEST_NAME
-from pipelines.shards.receipts import RECEIPT_FOLDER, AccountingError, ChunkReceipt
+from pipelines.shards.receipts import AccountingError, ReceiptKind, load_receipt, load_receipts
 
 PlanKind = TypeVar("PlanKind", bound=CorpusPlan)
-ReceiptKind = TypeVar("ReceiptKind", bound=ChunkReceipt)
 
 
 class PublishError(ValueError):
@@ -43,6 +42,7 @@ class ReceiptBook(ABC, Generic[PlanKind, ReceiptKind]):
 
     Raises:
         PlanError: the folder belongs to another plan.
+        StoredModelError: its plan or a receipt is damaged.
         StorageError: the store does not honour conditional writes.
     """
 
@@ -62,9 +62,7 @@ class ReceiptBook(ABC, Generic[PlanKind, ReceiptKind]):
         self.reasons: Counter[str] = Counter()
         self._kind = kind
         self._open_plan()
-        names = [name for name in storage.list_names(storage.join(output, RECEIPT_FOLDER)) if name.endswith(".json")]
-        uris = [storage.join(output, RECEIPT_FOLDER, name) for name in names]
-        for receipt in map(kind.model_validate_json, storage.read_many(uris)):
+        for receipt in load_receipts(kind, output):
             self.enter(receipt)
 
     @property
@@ -95,13 +93,14 @@ class ReceiptBook(ABC, Generic[PlanKind, ReceiptKind]):
 
         Raises:
             AccountingError: its rows are not those that were planned, each once. It is not put then.
+            StoredModelError: what lies there is damaged.
             OSError, StorageError: as `storage.put_if_absent`.
         """
         self.check_rows(receipt)
         uri = storage.join(self.output, receipt.name)
         if storage.put_if_absent(uri, receipt.model_dump_json().encode()):
             return receipt
-        return self._kind.model_validate_json(storage.read_bytes(uri))
+        return load_receipt(self._kind, uri)
 
     def enter(self, receipt: ReceiptKind) -> None:
         """Take a receipt that is put into the book. Raises PlanError where it is of another plan."""
@@ -177,6 +176,6 @@ class ReceiptBook(ABC, Generic[PlanKind, ReceiptKind]):
         if storage.put_if_absent(uri, self.plan.to_json()):
             storage.require_conditional_writes(uri)
             return
-        theirs = type(self.plan).model_validate_json(storage.read_bytes(uri))
-        if theirs.identity() != self.plan_identity:
+        theirs = type(self.plan).load(self.output)
+        if theirs is None or theirs.identity() != self.plan_identity:
             raise PlanError(f"{uri}: another driver has just begun another plan here; use another output")

@@ -16,7 +16,8 @@ from pipelines.preparation.sources import PlanError
 from pipelines.shards.images import ImageObjectError, ImageStore, image_keys
 from pipelines.shards.integrity import ShardError, check
 from pipelines.shards.manifest import MANIFEST_NAME, Manifest, QuarantineEntry, ShardEntry
-from pipelines.shards.receipts import Receipt, receipt_name
+from pipelines.shards.receipts import Receipt, load_receipt, receipt_name
+from pipelines.stored_models import StoredModelError
 
 _THREADS = 4
 
@@ -66,8 +67,8 @@ def _plan_faults(folder: str, manifest: Manifest) -> Iterator[str]:
     uri = storage.join(folder, PLAN_NAME)
     try:
         plan = load_plan(folder)
-    except ValidationError as error:
-        yield f"{uri}: not a plan: {error.errors()[0]['msg']}"
+    except StoredModelError as error:
+        yield str(error)
         return
     if plan is None or plan.identity() != manifest.plan:
         found = plan.identity() if plan else "no such file"
@@ -120,8 +121,8 @@ def _data_receipt_faults(folder: str, manifest: Manifest) -> Iterator[str]:
 
 def _receipt(uri: str) -> Receipt | str:
     try:
-        return Receipt.model_validate_json(storage.read_bytes(uri))
+        return load_receipt(Receipt, uri)
     except FileNotFoundError:
         return f"{uri}: expected the receipt of a chunk, found no such file"
-    except ValidationError as error:
-        return f"{uri}: not a receipt: {error.errors()[0]['msg']}"
+    except StoredModelError as error:
+        return str(error)

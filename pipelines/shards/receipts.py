@@ -8,14 +8,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from typing import TypeVar
 
 import xxhash
 from pydantic import BaseModel, ConfigDict
 
-from pipelines.shards.manifest import ShardEntry
+from pipelines import storage
+from pipelines.shards.manifest import MANIFEST_NAME, ShardEntry
+from pipelines.stored_models import load_model, parse_model
 
 RECEIPT_FOLDER = "receipts"
+_WHAT = "a receipt"
+_REMEDY = f"remove it, and {MANIFEST_NAME} where there is one, and run the job again: its chunk alone is then done anew"
 
 
 class AccountingError(RuntimeError):
@@ -107,6 +112,27 @@ class Receipt(ChunkReceipt):
     def reasons(self) -> Counter[str]:
         """Reason -> quarantined rows."""
         return Counter(row.reason for row in self.quarantined)
+
+
+ReceiptKind = TypeVar("ReceiptKind", bound=ChunkReceipt)
+
+
+def load_receipt(kind: type[ReceiptKind], uri: str) -> ReceiptKind:
+    """The receipt at `uri`.
+
+    Raises:
+        StoredModelError: it is damaged, or of another kind.
+        OSError, StorageError: as `storage.read_bytes`.
+    """
+    return load_model(kind, uri, _WHAT, _REMEDY)
+
+
+def load_receipts(kind: type[ReceiptKind], folder: str) -> Iterator[ReceiptKind]:
+    """The receipts of the dataset in `folder`, many read at a time. Raises: as `load_receipt`."""
+    names = [name for name in storage.list_names(storage.join(folder, RECEIPT_FOLDER)) if name.endswith(".json")]
+    uris = [storage.join(folder, RECEIPT_FOLDER, name) for name in names]
+    for uri, data in zip(uris, storage.read_many(uris), strict=True):
+        yield parse_model(kind, uri, data, _WHAT, _REMEDY)
 
 
 def receipt_name(chunk: int) -> str:
