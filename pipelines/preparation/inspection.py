@@ -17,7 +17,7 @@ from pipelines.preparation.plan import Plan, load_plan
 from pipelines.preparation.processor import load_processor
 from pipelines.preparation.settings import CONFIG_NAME, PrepareSettings
 from pipelines.preparation.sources import PlanError
-from pipelines.shards.integrity import check
+from pipelines.shards.integrity import check, missing
 from pipelines.shards.manifest import Manifest
 from pipelines.shards.reader import ShardedDataset
 from pipelines.shards.receipts import QuarantinedRow, Receipt, load_receipt, receipt_name
@@ -72,11 +72,14 @@ class Inspector:
         """Every quarantined row, as text.
 
         Raises:
-            ShardError: the table is not the one that was written.
+            ShardError: the table is missing, or not the one that was written.
         """
         entry = self.manifest.quarantine
         uri = storage.join(self.folder, entry.name)
-        data = storage.read_bytes(uri)
+        try:
+            data = storage.read_bytes(uri)
+        except FileNotFoundError as error:
+            raise missing(entry, uri) from error
         check(entry, uri, data)
         for row in pq.read_table(io.BytesIO(data)).to_pylist():
             yield _quarantined(QuarantinedRow(**row))

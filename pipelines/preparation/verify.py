@@ -14,9 +14,9 @@ from pipelines.preparation.ledger import manifest_of
 from pipelines.preparation.plan import PLAN_NAME, Plan, load_plan
 from pipelines.preparation.sources import PlanError
 from pipelines.shards.images import ImageObjectError, ImageStore, image_keys
-from pipelines.shards.integrity import ShardError, check
+from pipelines.shards.integrity import ShardError, check, missing
 from pipelines.shards.manifest import MANIFEST_NAME, Manifest, QuarantineEntry, ShardEntry
-from pipelines.shards.receipts import Receipt, load_receipt, receipt_name
+from pipelines.shards.receipts import RECEIPT_FOLDER, Receipt, load_receipt, receipt_name
 from pipelines.stored_models import StoredModelError
 
 _THREADS = 4
@@ -27,7 +27,7 @@ def verify(folder: str) -> list[str]:
 
     Shards, shared images, quarantine table, plan and pins are hashed. The receipts carry times, so no hash can cover
     them: each chunk of the plan must have one, and plan and receipts must come to the manifest, field by field. The
-    data receipt must name it.
+    data receipt must name it. With what is damaged stands the receipt that must go for it to be made anew.
 
     Raises:
         ManifestError: `folder` holds no finished dataset.
@@ -35,32 +35,44 @@ def verify(folder: str) -> list[str]:
     manifest = Manifest.load(folder)
 
     store = ImageStore(folder)
-    shared: set[str] = set()
+    shared: dict[str, str] = {}  # image -> a shard with a row that names it
 
-    def fault(entry: ShardEntry | QuarantineEntry) -> str | None:
+    def fault(entry: ShardEntry | QuarantineEntry) -> tuple[str, str] | None:
         uri = storage.join(folder, entry.name)
         try:
             data = storage.read_bytes(uri)
             check(entry, uri, data)
         except FileNotFoundError:
-            return f"{uri}: expected {entry.bytes} bytes with sha256 {entry.sha256}, found no such file"
+            return entry.name, str(missing(entry, uri))
         except ShardError as error:
-            return str(error)
+            return entry.name, str(error)
         if isinstance(entry, ShardEntry):
-            shared.update(image_keys(pa.ipc.open_file(pa.py_buffer(data))))
+            shared.update(dict.fromkeys(image_keys(pa.ipc.open_file(pa.py_buffer(data))), entry.name))
         return None
 
-    def image_fault(key: str) -> str | None:
+    def image_fault(key: str) -> tuple[str, str] | None:
         try:
             store.read(key)
         except ImageObjectError as error:
-            return str(error)
+            return shared[key], str(error)
         return None
 
     with ThreadPoolExecutor(_THREADS) as threads:
-        damaged = [line for line in threads.map(fault, [*manifest.shards, manifest.quarantine]) if line]
-        damaged += [line for line in threads.map(image_fault, sorted(shared)) if line]
-    return [*damaged, *_plan_faults(folder, manifest)]
+        damaged = [each for each in threads.map(fault, [*manifest.shards, manifest.quarantine]) if each]
+        damaged += [each for each in threads.map(image_fault, sorted(shared)) if each]
+    receipts = _receipts_of(folder) if damaged else {}
+    lines = [line + (f". Its receipt: {receipts[name]}" if name in receipts else "") for name, line in damaged]
+    return [*lines, *_plan_faults(folder, manifest)]
+
+
+def _receipts_of(folder: str) -> dict[str, str]:
+    """Shard -> the receipt that names it, as far as receipts can be read."""
+    place = storage.join(folder, RECEIPT_FOLDER)
+    uris = [storage.join(place, name) for name in storage.list_names(place)]
+    with ThreadPoolExecutor(_THREADS) as threads:
+        found = list(threads.map(_receipt, uris))
+    pairs = zip(uris, found, strict=True)
+    return {receipt.shard.name: uri for uri, receipt in pairs if isinstance(receipt, Receipt) and receipt.shard}
 
 
 def _plan_faults(folder: str, manifest: Manifest) -> Iterator[str]:

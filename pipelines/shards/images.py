@@ -13,11 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pyarrow as pa
 
 from pipelines import storage
+from pipelines.shards.integrity import REMEDY
 from pipelines.shards.schema import IMAGE_SCHEMA
 
 IMAGE_FOLDER = "images"
 IMAGE_PATH = re.compile(rf"{IMAGE_FOLDER}/[0-9a-f]{{2}}/[0-9a-f]{{64}}\.arrow")
 """Path of a shared image below the dataset's folder. Whatever else lies there is not ours."""
+_CHANGED_REMEDY = f"{REMEDY}, with the image if that is removed too"  # one that is there is never written again
 _DIGEST_BYTES = 32
 _THREADS = 16  # an object store answers in tens of milliseconds
 
@@ -62,17 +64,17 @@ class ImageStore:
         try:
             data = memoryview(storage.read_bytes(uri))
         except FileNotFoundError as error:
-            raise ImageObjectError(f"{uri}: expected a shared image, found no such file: prepare again") from error
+            raise ImageObjectError(f"{uri}: expected a shared image, found no such file: {REMEDY}") from error
         body, expected = data[:-_DIGEST_BYTES], bytes(data[-_DIGEST_BYTES:])
         found = hashlib.sha256(body).digest()
         if found != expected:
             raise ImageObjectError(
                 f"{uri}: expected sha256 {expected.hex()}, found {found.hex()}: the image was changed or cut after it "
-                "was written; restore it, or prepare the dataset again"
+                f"was written; {_CHANGED_REMEDY}"
             )
         row = pa.ipc.open_file(pa.py_buffer(body)).get_batch(0)
         if (other := row["image_key"][0].as_py()) != key:
-            raise ImageObjectError(f"{uri}: expected the image {key}, found {other}: restore it, or prepare again")
+            raise ImageObjectError(f"{uri}: expected the image {key}, found {other}: {_CHANGED_REMEDY}")
         return row
 
     def _put(self, row: pa.Table) -> None:

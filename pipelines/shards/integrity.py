@@ -9,9 +9,16 @@ import pyarrow as pa
 import xxhash
 
 from pipelines import storage
-from pipelines.shards.manifest import QuarantineEntry, ShardEntry
+from pipelines.shards.manifest import MANIFEST_NAME, QuarantineEntry, ShardEntry
 
-CHANGED = "the shard was changed or cut after it was written; restore it, or prepare the dataset again"
+# In a finished folder there is nothing left to prepare, until the manifest and a chunk's receipt are gone.
+REMEDY = (
+    f"restore it, prepare into another output, or remove {MANIFEST_NAME} and its chunk's receipt (jobs/prepare.py "
+    "verify names it) and prepare again: that chunk alone is then made anew"
+)
+CHANGED = f"the shard was changed or cut after it was written; {REMEDY}"
+_TABLE_REMEDY = f"restore it, or remove {MANIFEST_NAME} and prepare again: it is then written anew"
+_TABLE_CHANGED = f"the table of quarantined rows was changed or cut after it was written; {_TABLE_REMEDY}"
 
 
 class ShardError(ValueError):
@@ -74,15 +81,14 @@ def check_size(entry: ShardEntry, uri: str, path: Path) -> None:
             raise _changed(entry, uri, size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
-def missing(entry: ShardEntry, uri: str) -> ShardError:
-    """What to say of a shard that is not there."""
-    return ShardError(
-        f"{uri}: expected {entry.bytes} bytes with sha256 {entry.sha256}, found no such file: "
-        "restore it, or prepare the dataset again"
-    )
+def missing(entry: ShardEntry | QuarantineEntry, uri: str) -> ShardError:
+    """What to say of a shard, or of the table of quarantined rows, that is not there."""
+    remedy = REMEDY if isinstance(entry, ShardEntry) else _TABLE_REMEDY
+    return ShardError(f"{uri}: expected {entry.bytes} bytes with sha256 {entry.sha256}, found no such file: {remedy}")
 
 
 def _changed(entry: ShardEntry | QuarantineEntry, uri: str, size: int, digest: str) -> ShardError:
+    changed = CHANGED if isinstance(entry, ShardEntry) else _TABLE_CHANGED
     return ShardError(
-        f"{uri}: expected {entry.bytes} bytes with sha256 {entry.sha256}, found {size} with {digest}: {CHANGED}"
+        f"{uri}: expected {entry.bytes} bytes with sha256 {entry.sha256}, found {size} with {digest}: {changed}"
     )

@@ -37,6 +37,11 @@ def write_recipe(folder: Path, **change: Any) -> str:
     return str(path)
 
 
+def stamps(folder: Path) -> dict[Path, int]:
+    """The files below `folder`, and when each was written."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
 def start(recipe: str, **environment: str) -> subprocess.Popen[str]:
     command = [sys.executable, "jobs/prepare.py", "--config", recipe]
     env = {**os.environ, **environment}
@@ -150,6 +155,19 @@ def test_run_reports_and_verify_finds_damage(tmp_path: Path, capsys: pytest.Capt
     assert len(errors) == 2
     assert first.name in errors[0] and "found no such file" in errors[0]
     assert second.name in errors[1] and f"with sha256 {second.sha256}, found" in errors[1]
+
+    # What the errors advise: only these two chunks are made again, and the manifest is the same.
+    before, manifest = stamps(tmp_path / "out"), tmp_path / "out" / "manifest.json"
+    published, receipts = manifest.read_bytes(), [Path(line.rpartition(". Its receipt: ")[2]) for line in errors]
+    assert receipts == [tmp_path / "out" / "receipts" / f"0000000{chunk}.json" for chunk in (0, 1)]
+    for path in (manifest, *receipts):
+        path.unlink()
+    assert main(["--config", recipe]) == 0
+    assert manifest.read_bytes() == published
+    after = stamps(tmp_path / "out")
+    changed = {path for path in after if after[path] != before.get(path) and path.parent != tmp_path / "out"}
+    assert changed == {*receipts, *(tmp_path / "out" / shard.name for shard in (first, second))}
+    assert main(["verify", str(tmp_path / "out")]) == 0
 
 
 def test_verify_of_no_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -80,6 +80,28 @@ def test_verify_names_everything_that_changed(changeable: Path, capsys: pytest.C
     assert f"{receipts[1]}: not a receipt" in errors[2]
 
 
+@pytest.mark.parametrize("damage", ["gone", "changed"])
+def test_damaged_table_of_quarantined_rows_is_written_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    write_processor(tmp_path)
+    (tmp_path / "images").mkdir()
+    write_corpus(tmp_path, [*(row(number) for number in range(11)), bad_rows(tmp_path)["image_missing"]])
+    expected = prepare_here(prepare_settings(tmp_path))
+    out, table = tmp_path / "out", tmp_path / "out" / "quarantine.parquet"
+    table.unlink() if damage == "gone" else table.write_bytes(b"X" + table.read_bytes()[1:])
+    capsys.readouterr()
+    for arguments in (["verify", str(out)], ["inspect", str(out), "--quarantined"]):
+        assert main(arguments) == 1
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {table}: expected ") and "shard" not in error and error.count("\n") == 1
+        assert "restore it, or remove manifest.json and prepare again: it is then written anew" in error
+    (out / "manifest.json").unlink()
+    assert begin(prepare_settings(tmp_path))[0].pending == []
+    assert prepare_here(prepare_settings(tmp_path)) == expected
+    assert main(["verify", str(out)]) == 0
+
+
 def test_verify_compares_plan_and_receipts_with_the_manifest(
     changeable: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

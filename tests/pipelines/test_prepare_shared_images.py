@@ -140,6 +140,30 @@ def test_damage_is_named_by_reader_and_verify(corpus: Path, damage: str, capsys:
     assert victim.name in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("damage", ["gone", "cut"])
+def test_spoilt_image_is_made_anew_with_the_chunk_that_verify_names(
+    corpus: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    settings = prepare_settings(corpus, share_images=True)
+    expected = prepare_here(settings)
+    victim = objects(corpus / "out")[2]
+    whole = victim.read_bytes()
+    victim.unlink() if damage == "gone" else victim.write_bytes(whole[:-1])
+    capsys.readouterr()
+    assert main(["verify", settings.output]) == 1
+    [error] = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"error: {victim}: expected ") and "that chunk alone is then made anew" in error
+    victim.unlink(missing_ok=True)
+    receipt = Path(error.rpartition(". Its receipt: ")[2])
+    assert receipt.parent == corpus / "out" / "receipts"
+    for path in (receipt, corpus / "out" / "manifest.json"):
+        path.unlink()
+    assert begin(settings)[0].pending == [int(receipt.stem)]
+    assert prepare_here(settings) == expected
+    assert victim.read_bytes() == whole
+    assert main(["verify", settings.output]) == 0
+
+
 def test_gc_keeps_the_images_that_rows_name(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prepare_here(prepare_settings(corpus, share_images=True))
     orphan = corpus / "out" / "images" / "00" / f"{'0' * 64}.arrow"
