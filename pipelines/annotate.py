@@ -15,6 +15,7 @@ from pipelines.annotation.plan import AnnotationPlan, load_plan, make_terms
 from pipelines.annotation.pool import run_chunks
 from pipelines.annotation.settings import AnnotateSettings
 from pipelines.preparation.indexing import plan_chunks
+from pipelines.preparation.outputs import check_writable
 from pipelines.preparation.plan import check_terms
 from pipelines.preparation.row_images import source_files
 from pipelines.preparation.settings import CONFIG_NAME
@@ -48,6 +49,8 @@ def annotate(settings: AnnotateSettings) -> AnnotationManifest | None:
         manifest = AnnotationManifest.load(output)
         print(f"{settings.output}: already annotated ({manifest.rows:,} rows); nothing to do", flush=True)
         return manifest
+    if plan is None and not settings.dry_run:
+        check_writable(output, settings)
     start_ray()
     files = source_files(terms.sources)
     plan = plan or AnnotationPlan(terms=terms, chunks=plan_chunks(terms.sources, files, terms.chunk_rows))

@@ -19,6 +19,7 @@ from pipelines.preparation.estimate import estimate_bytes, image_bytes
 from pipelines.preparation.image_pins import ImagePins
 from pipelines.preparation.indexing import pin_images, plan_chunks
 from pipelines.preparation.ledger import QUARANTINE_NAME, Ledger
+from pipelines.preparation.outputs import check_writable
 from pipelines.preparation.plan import PLAN_NAME, Plan, Terms, check_terms, load_plan
 from pipelines.preparation.processor import load_processor
 from pipelines.preparation.row_images import SourceFiles, source_files
@@ -58,6 +59,8 @@ def prepare(settings: PrepareSettings) -> Manifest | None:
         manifest = Manifest.load(output)
         print(f"{settings.output}: already prepared ({manifest.written:,} rows); nothing to do", flush=True)
         return manifest
+    if plan is None and not settings.dry_run:
+        check_writable(output, settings)
     start_ray()
     files = source_files(terms.sources)
     is_new = plan is None
