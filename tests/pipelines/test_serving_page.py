@@ -195,6 +195,21 @@ def test_pictures_are_dropped_and_each_has_its_own_conversation(site: Site, open
     expect(page.locator(".turn")).to_have_count(2)
 
 
+def test_who_asks_before_the_model_is_known_is_answered(site: Site, open_page: Any) -> None:
+    page = open_page(site)
+    page.add_init_script(
+        """const real = window.fetch;
+        window.fetch = async (address, ...rest) => {
+            if (address === "v1/models") await new Promise((go) => setTimeout(go, 1000));
+            return real(address, ...rest);
+        };"""
+    )
+    page.reload()
+    page.keyboard.type("What is it?\n")
+    expect(page.locator("#model")).to_have_text("")
+    wait_for_answers(page, 1)
+
+
 def test_the_answer_streams_and_can_be_stopped(site: Site, open_page: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = site.backend.engine._batch
     step, steps = batch.step, threading.Semaphore(400)  # it makes as many tokens as it is allowed here, and waits
