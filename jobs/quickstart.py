@@ -24,13 +24,12 @@ from pipelines.ray_session import one_cluster_for_jobs
 from pipelines.report.contents import Goal, Picture, Report, Step, TypeScore, score_replies
 from pipelines.report.interview import (
     converse,
-    free_port,
     read_conversations,
     wait_until_healthy,
     write_conversations,
 )
 from pipelines.report.templates import duration
-from pipelines.serving.transport import set_environment
+from pipelines.serving.transport import free_port, set_environment
 from pipelines.settings import JobSettings, Section, dump_settings, load_settings
 from pipelines.steps import (
     StepFailed,

@@ -9,7 +9,6 @@ import hashlib
 import io
 import json
 import random
-import socket
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -28,15 +27,10 @@ from ray.serve.schema import LoggingConfig
 
 from pipelines.serving.app import build_app
 from pipelines.serving.settings import ServeArgs
+from pipelines.serving.transport import free_port
 
 QUIET = LoggingConfig(log_level="ERROR", enable_access_log=False)
 APPLICATION = "service"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @contextlib.contextmanager

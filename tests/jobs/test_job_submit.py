@@ -18,10 +18,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pipelines.serving.transport import free_port
 from tests.fixtures.ray_session import REPOSITORY
 from tests.fixtures.tiny import build_processor
 from tests.prepared import coloured_rows, write_prepared
-from tests.serving import free_port
 
 pytestmark = pytest.mark.ray
 

@@ -27,8 +27,9 @@ from jobs.serve import main
 from pipelines.serve import _check_port_is_free, _check_room, _let_finish, _reason
 from pipelines.serving.authentication import Clients
 from pipelines.serving.settings import Policy, ServeArgs
+from pipelines.serving.transport import free_port
 from tests.fixtures.ray_session import REPOSITORY
-from tests.serving import flip_a_bit, free_port, list_files
+from tests.serving import flip_a_bit, list_files
 
 
 class Job:

@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 import yaml
 
+from pipelines.serving.transport import free_port
 from tests.fixtures.ray_session import REPOSITORY
-from tests.serving import free_port, read_metrics
+from tests.serving import read_metrics
 
 pytestmark = pytest.mark.ray
 

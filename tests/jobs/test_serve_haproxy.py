@@ -21,9 +21,9 @@ import psutil
 import pytest
 import yaml
 
-from pipelines.serving.transport import set_environment
+from pipelines.serving.transport import free_port, set_environment
 from tests.fixtures.ray_session import REPOSITORY
-from tests.serving import data_uri, free_port, question
+from tests.serving import data_uri, question
 
 pytestmark = [
     pytest.mark.ray,
@@ -87,7 +87,7 @@ class Early(threading.Thread):
     def run(self) -> None:
         """Notes status, text and headers of each answer."""
         while not self.heard or self.heard[-1][0] != 200:
-            connection = self.served.connect()
+            connection = self.served.connect("127.0.0.8")  # from where the service listens, it might reach itself
             try:
                 connection.request("GET", "/health")
                 response = connection.getresponse()

@@ -16,10 +16,11 @@ from pipelines.evaluation import AnsweredQuestion, write_evaluation
 from pipelines.report.contents import Goal, Picture, Reply, Report, Stage, Step, TypeScore, score_replies
 from pipelines.report.curves import loss_curve, running_mean
 from pipelines.report.findings import describe_stage, judge, margin
-from pipelines.report.interview import free_port, wait_until_healthy
+from pipelines.report.interview import wait_until_healthy
 from pipelines.report.page import render, write_report
 from pipelines.report.sources import data_facts, pictures_of, replies_of, stage_of
 from pipelines.report.templates import duration
+from pipelines.serving.transport import free_port
 from pipelines.shards.manifest import Manifest
 from pipelines.training.environment import environment_facts
 from tests.prepared import coloured_rows, write_prepared

@@ -22,9 +22,10 @@ from pipelines.serving.metrics import IngressMetrics
 from pipelines.serving.replies import Desk
 from pipelines.serving.service import Service
 from pipelines.serving.settings import Limits, Policy
+from pipelines.serving.transport import free_port
 from tests.fixtures.ray_session import REPOSITORY
 from tests.fixtures.tiny import build_processor, build_tiny_model
-from tests.serving import free_port, png
+from tests.serving import png
 from tests.serving_http import Backend
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

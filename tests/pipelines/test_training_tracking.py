@@ -17,7 +17,7 @@ from mlflow.entities import Run
 from pydantic import ValidationError
 from wandb.proto.wandb_internal_pb2 import Record
 
-from pipelines.report.interview import free_port
+from pipelines.serving.transport import free_port
 from pipelines.training.launch import check_inputs
 from pipelines.training.metrics import RunLog, log_late_scores, read_metrics
 from pipelines.training.scores import ScoreLog
