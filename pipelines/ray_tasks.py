@@ -9,7 +9,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import ray
 from ray import ObjectRef
@@ -40,6 +40,13 @@ _LOUD_LOGGERS = ("exceptions", "_internal.execution.streaming_executor_state", "
 
 Step = ParamSpec("Step")
 Done = TypeVar("Done")
+
+
+class _OfChunk(Protocol):
+    chunk: int
+
+
+Receipted = TypeVar("Receipted", bound=_OfChunk)
 
 
 class ClusterError(ValueError):
@@ -81,6 +88,30 @@ def column(chain: Dataset, name: str) -> Iterator[Any]:
             yield from batch[name].to_pylist()
     except RayError as error:
         raise _original(error) from error
+
+
+def named(
+    receipts: Iterator[Receipted], pending: Sequence[int], name: Callable[[list[int]], str | None]
+) -> Iterator[Receipted]:
+    """`receipts` of the chunks `pending`, as they come. Where workers died of a chunk, Ray does not say of which.
+
+    Args:
+        receipts: in any order.
+        pending: numbers of chunks, in the order in which they begin: it is one of the first of those that are left.
+        name: given those that are left, says which it is, in the words of an error; None where it finds none.
+
+    Raises:
+        CrashError: workers died of a chunk; with what `name` says.
+    """
+    left = dict.fromkeys(pending)
+    try:
+        for receipt in receipts:
+            left.pop(receipt.chunk)
+            yield receipt
+    except CrashError as error:
+        if found := name(list(left)):
+            raise CrashError(found) from error
+        raise
 
 
 def results(tasks: Sequence[ObjectRef[Done]]) -> list[Done]:

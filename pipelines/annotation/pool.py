@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Iterator
-from itertools import islice
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -19,7 +19,7 @@ from pipelines.annotation.plan import AnnotationPlan
 from pipelines.annotation.settings import AnnotateSettings
 from pipelines.preparation.plan import Chunk
 from pipelines.preparation.row_images import SourceFiles
-from pipelines.ray_tasks import CRASHES, WHOLE_BLOCK, CrashError, carried, column, quiet_context
+from pipelines.ray_tasks import CRASHES, WHOLE_BLOCK, carried, column, named, quiet_context
 
 if TYPE_CHECKING:
     from pipelines.annotation.answering import Asker
@@ -66,28 +66,22 @@ def run_chunks(
             **WHOLE_BLOCK,
             **_actors(settings),
         )
-    return _named(plan, pending, map(PartReceipt.model_validate_json, column(receipts, "receipt")))
+    done = map(PartReceipt.model_validate_json, column(receipts, "receipt"))
+    return named(done, pending, partial(_suspects, plan))
 
 
-def _named(plan: AnnotationPlan, pending: list[int], receipts: Iterator[PartReceipt]) -> Iterator[PartReceipt]:
-    """`receipts`. Where workers died of a chunk, says which it may be: each worker has several under way."""
-    left = dict.fromkeys(pending)
-    try:
-        for receipt in receipts:
-            left.pop(receipt.chunk)
-            yield receipt
-    except CrashError as error:
-        # Chunks begin in their order, so it is one of the first that are left.
-        suspects = [plan.chunks[number] for number in islice(left, _SUSPECTS)]
-        rows = [
-            f"'{plan.terms.sources[chunk.source].name}' from row {chunk.first_row} (line {chunk.first_line}) on"
-            for chunk in suspects
-        ]
-        raise CrashError(
-            f"workers die of a row, likely in one of these chunks of {suspects[0].rows} rows: {', '.join(rows)}. "
-            "It may take more memory than a worker has; to learn which it is, annotate into another output with "
-            "chunk_rows: 1. What is done is kept"
-        ) from error
+def _suspects(plan: AnnotationPlan, left: list[int]) -> str:
+    """Of which chunks workers may have died: each worker has several under way."""
+    chunks = [plan.chunks[number] for number in left[:_SUSPECTS]]
+    rows = [
+        f"'{plan.terms.sources[chunk.source].name}' from row {chunk.first_row} (line {chunk.first_line}) on"
+        for chunk in chunks
+    ]
+    return (
+        f"workers die of a row, likely in one of these chunks of {chunks[0].rows} rows: {', '.join(rows)}. It may take "
+        "more memory than a worker has; to learn which it is, annotate into another output with chunk_rows: 1. What is "
+        "done is kept"
+    )
 
 
 class AnnotationWorker:

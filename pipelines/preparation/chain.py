@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -30,7 +29,7 @@ from pipelines.preparation.plan import Chunk, Plan, Terms
 from pipelines.preparation.row_images import SourceFiles
 from pipelines.preparation.samples import SampleMaker
 from pipelines.preparation.settings import EncoderSettings
-from pipelines.ray_tasks import CRASHED, CRASHES, WHOLE_BLOCK, CrashError, carried, column, quiet_context
+from pipelines.ray_tasks import CRASHED, CRASHES, WHOLE_BLOCK, carried, column, named, quiet_context
 from pipelines.shards.images import ImageStore
 from pipelines.shards.receipts import QuarantinedRow, Receipt, account, keys_digest
 from pipelines.shards.schema import IMAGE_SCHEMA, QUARANTINE_SCHEMA, SAMPLE_SCHEMA
@@ -90,7 +89,8 @@ def run_chunks(
             receipts = samples.map_batches(partial(write_chunk, work=work), **_TASK)
         else:
             receipts = chunks.map_batches(partial(make_and_write, work=work), num_cpus=_cpus(len(items)), **_TASK)
-    return _named(plan, pending, work, encoder, map(Receipt.model_validate_json, column(receipts, "receipt")))
+    done = map(Receipt.model_validate_json, column(receipts, "receipt"))
+    return named(done, pending, partial(_deadly, plan, work, encoder))
 
 
 @carried
@@ -105,27 +105,18 @@ def make_and_write(chunks: pa.Table, work: Work) -> pa.Table:
     return write_chunk(make_samples(chunks, work), work)
 
 
-def _named(
-    plan: Plan, pending: list[int], work: Work, encoder: EncoderSettings | None, receipts: Iterator[Receipt]
-) -> Iterator[Receipt]:
-    """`receipts`. Where workers died of a chunk, finds out of which: Ray does not say."""
-    left = dict.fromkeys(pending)
-    try:
-        for receipt in receipts:
-            left.pop(receipt.chunk)
-            yield receipt
-    except CrashError as error:
-        # Chunks begin in their order, so it is one of the first that are left.
-        for number in islice(left, _SUSPECTS):
-            chunk = plan.chunks[number]
-            if _is_deadly(chunk, number, work, encoder):
-                source = plan.terms.sources[chunk.source]
-                raise CrashError(
-                    f"source '{source.name}': {source.path}: workers die of chunk {number}, {chunk.rows} rows from row "
-                    f"{chunk.first_row} (line {chunk.first_line}) on. A row of them may take more memory than a worker "
-                    "has; to learn which, prepare into another output with chunk_rows: 1. What is done is kept"
-                ) from error
-        raise
+def _deadly(plan: Plan, work: Work, encoder: EncoderSettings | None, left: list[int]) -> str | None:
+    """Of which chunk workers died, found by making the first of `left` once more."""
+    for number in left[:_SUSPECTS]:
+        chunk = plan.chunks[number]
+        if _is_deadly(chunk, number, work, encoder):
+            source = plan.terms.sources[chunk.source]
+            return (
+                f"source '{source.name}': {source.path}: workers die of chunk {number}, {chunk.rows} rows from row "
+                f"{chunk.first_row} (line {chunk.first_line}) on. A row of them may take more memory than a worker "
+                "has; to learn which, prepare into another output with chunk_rows: 1. What is done is kept"
+            )
+    return None
 
 
 def _is_deadly(chunk: Chunk, number: int, work: Work, encoder: EncoderSettings | None) -> bool:
