@@ -71,7 +71,8 @@ class AnnotateSettings(JobSettings):
     seed: int = 0
     """Where answers are drawn: another seed, other answers."""
     chunk_rows: int = Field(default=512, gt=0)
-    """Rows in a chunk, which is the unit of work, of resuming and of an output file."""
+    """Rows in a chunk, which is the unit of work, of resuming and of an output file. A chunk has fewer where the images
+    that its rows bring in their file would have more than 200 MB."""
     max_error_share: float = Field(default=0.1, ge=0, le=1)
     """With a larger share of rows without an answer nothing is published."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -171,7 +171,8 @@ class ArrayScanner:
         blank = len(text) - len(body)
         start, line = self.base + self.begin + blank, self.line + text.count(b"\n", 0, blank)
         self.line += text.count(b"\n")
-        return Extent(start, start + len(body.rstrip(BLANKS)), line)
+        size = len(body.rstrip(BLANKS))
+        return Extent(start, start + size, line, size)
 
     def _drop(self) -> None:
         self.base += self.begin

@@ -19,7 +19,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 def scan(path: str) -> Iterator[Extent]:
     """The images below the folder `path`, by number; other files are passed over. Looks at the folder anew."""
-    return (Extent(row, row + 1, row + 1) for row in range(len(_look(path).names)))
+    return (Extent(row, row + 1, row + 1, size=0) for row in range(len(_look(path).names)))
 
 
 def read(path: str, span: Span) -> Iterator[Row]:

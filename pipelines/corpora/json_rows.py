@@ -42,10 +42,10 @@ def scan_lines(path: str) -> Iterator[Extent]:
         *lines, held = held.split(b"\n")
         for text in lines:
             if text.strip(BLANKS):
-                yield Extent(start, start + len(text), line)
+                yield Extent(start, start + len(text), line, len(text))
             start, line = start + len(text) + 1, line + 1
     if held.strip(BLANKS):
-        yield Extent(start, start + len(held), line)
+        yield Extent(start, start + len(held), line, len(held))
 
 
 def scan_array(path: str) -> Iterator[Extent]:

@@ -36,8 +36,14 @@ _BATCH_ROWS = 32  # with their images
 def scan(path: str) -> Iterator[Extent]:
     """The rows of the file `path`, by number; only its footer is read."""
     with storage.open_file(path) as file:
-        num_rows = _open(file, path).metadata.num_rows
-    return (Extent(row, row + 1, row + 1) for row in range(num_rows))
+        metadata = _open(file, path).metadata
+    row = 0
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        size = _size(group) // max(1, group.num_rows)
+        for _ in range(group.num_rows):
+            yield Extent(row, row + 1, row + 1, size)
+            row += 1
 
 
 def read(path: str, span: Span) -> Iterator[Row]:
@@ -52,6 +58,12 @@ def read(path: str, span: Span) -> Iterator[Row]:
             first += batch.num_rows
             if first >= span.stop:
                 break
+
+
+def _size(group: pq.RowGroupMetaData) -> int:
+    """Bytes of the columns of `group` that are read; values that repeat, of which it keeps one, count once."""
+    columns = map(group.column, range(group.num_columns))
+    return sum(each.total_uncompressed_size for each in columns if each.path_in_schema.split(".")[0] in _COLUMNS)
 
 
 def _groups(metadata: pq.FileMetaData, span: Span) -> tuple[list[int], int]:

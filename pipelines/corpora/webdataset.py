@@ -36,7 +36,8 @@ def scan(path: str) -> Iterator[Extent]:
         for row, (_, sample) in enumerate(_samples(members)):
             first, *others = sample
             last = others[-1] if others else first
-            yield Extent(first.offset, tars.stop(last), row + 1)
+            start, stop = first.offset, tars.stop(last)
+            yield Extent(start, stop, row + 1, stop - start)
 
 
 def read(path: str, span: Span) -> Iterator[Row]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.corpora.spans import MOST_BYTES
 from pipelines.preparation.image_pins import ImagePins, image_hash
 from pipelines.preparation.plan import Chunk, read_chunk
 from pipelines.preparation.row_images import MAY_HOLD_IMAGES, SourceFiles, plain_path, row_image
@@ -22,8 +23,7 @@ from pipelines.preparation.sources import SourceTerms
 from pipelines.records import RowError
 from pipelines.storage_states import ObjectFolder
 
-_ROWS_AT_ONCE = 20_000  # parsed and held by a task: tens of megabytes
-_ROWS_AT_ONCE_OF_IMAGES = 500  # likewise, where a row may bring its image
+_ROWS_AT_ONCE = 20_000  # parsed and held by a task: tens of megabytes, unless they bring images (MOST_BYTES)
 _WITH_THEIR_IMAGES = ("webdataset",)  # formats whose rows name no image
 _LISTED_AT_ONCE = 10_000  # objects of a folder, which may have many that no row names
 _FOLDERS_AT_ONCE = 64
@@ -73,14 +73,20 @@ def stretches(sources: Sequence[SourceTerms], chunks: Sequence[Chunk]) -> list[C
     )
     runs: list[Chunk] = []
     for chunk in naming:
-        last = runs[-1] if runs else None
-        may_hold_images = sources[chunk.source].format in MAY_HOLD_IMAGES
-        most = _ROWS_AT_ONCE_OF_IMAGES if may_hold_images else _ROWS_AT_ONCE
-        if last and last.source == chunk.source and last.rows + chunk.rows <= most:
-            runs[-1] = last.model_copy(update={"stop": chunk.stop, "rows": last.rows + chunk.rows})
+        if runs and _may_join(runs[-1], chunk):
+            last = runs[-1]
+            joined = {"stop": chunk.stop, "rows": last.rows + chunk.rows, "size": last.size + chunk.size}
+            runs[-1] = last.model_copy(update=joined)
         else:
             runs.append(chunk)
     return runs
+
+
+def _may_join(run: Chunk, chunk: Chunk) -> bool:
+    """Whether a task can hold `run` and the later `chunk`, with the rows between them that a weight passes over."""
+    rows = chunk.first_row + chunk.rows - run.first_row
+    row_bytes = max(run.size / run.rows, chunk.size / chunk.rows)
+    return run.source == chunk.source and rows <= _ROWS_AT_ONCE and rows * row_bytes <= MOST_BYTES
 
 
 def find_pins(

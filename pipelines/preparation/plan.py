@@ -85,13 +85,15 @@ class Chunk(BaseModel):
     rows: int
     """Planned rows: those that lie in the chunk and are taken."""
     first_line: int
+    size: int = 0
+    """Bytes of its rows and of the images that they bring, about."""
     repeat: int = 0
     """0 for the first time that its rows are taken, 1 for the second, ..."""
 
     @property
     def span(self) -> Span:
         """Where the chunk's rows lie in the source's file."""
-        return Span(self.start, self.stop, self.first_row, self.rows, self.first_line)
+        return Span(self.start, self.stop, self.first_row, self.rows, self.first_line, self.size)
 
 
 class CorpusPlan(BaseModel):

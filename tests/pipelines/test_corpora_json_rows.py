@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipelines.corpora import json_rows
-from pipelines.corpora.spans import Extent, Span, group
+from pipelines.corpora.spans import group
 from pipelines.records import FileFormatError, RowError
 
 TEXT = st.text(alphabet='ab"\\{}[],:é\n 😀', max_size=12)
@@ -239,11 +239,3 @@ def test_file_that_is_no_array_is_refused(tmp_path: Path, content: str, message:
     with pytest.raises(FileFormatError, match=message) as raised:
         list(json_rows.scan(str(path)))
     assert str(path) in str(raised.value)
-
-
-def test_group_cuts_and_passes_over() -> None:
-    extents = [Extent(start=10 * i, stop=10 * i + 5, line=i + 1) for i in range(5)]
-    assert list(group(extents, rows=2)) == [Span(0, 15, 0, 2, 1), Span(20, 35, 2, 2, 3), Span(40, 45, 4, 1, 5)]
-    odd = [Span(10, 35, 1, 2, 2)]  # rows 1 and 3; row 2 lies between them, row 4 outside
-    assert list(group(extents, rows=2, takes=lambda row: row % 2 == 1)) == odd
-    assert list(group([], rows=2)) == []

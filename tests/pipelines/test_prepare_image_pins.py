@@ -181,12 +181,28 @@ def test_rows_are_read_in_runs_larger_than_chunks(tmp_path: Path, monkeypatch: p
         assert set(named_images(terms[run.source], terms[run.source].path, run).names.tolist()) == expected
 
 
-@pytest.mark.parametrize("format", ["parquet", "messages"])
-def test_rows_that_may_bring_their_images_are_read_in_short_runs(tmp_path: Path, format: str) -> None:
+@pytest.mark.parametrize(
+    ("row_bytes", "weight", "gap", "rows"),
+    [
+        (200, 1.0, 0, [2000]),  # of text
+        (300_000, 1.0, 0, [600, 600, 600, 200]),  # with their images: 180 MB
+        (300_000, 0.5, 200, [400, 400, 400, 400, 400]),  # as many again lie between them
+        (90_000_000, 1.0, 0, [200] * 10),  # no two fit
+        (200, 0.01, 15_000, [400] * 5),
+    ],
+)
+def test_runs_are_no_larger_than_a_task_can_hold(
+    tmp_path: Path, row_bytes: int, weight: float, gap: int, rows: list[int]
+) -> None:
     path = write_corpus(tmp_path, 1)
-    terms = source_terms([SourceSettings(path=str(path), format=format, image_root=str(tmp_path))])
-    chunks = [Chunk(source=0, start=n, stop=n + 200, first_row=n, rows=200, first_line=1) for n in range(0, 2000, 200)]
-    assert [run.rows for run in stretches(terms, chunks)] == [400] * 5
+    source = SourceSettings(path=str(path), format="messages", image_root=str(tmp_path), weight=weight)
+    chunks = [
+        Chunk(source=0, start=n, stop=n + 200, first_row=n, rows=200, first_line=1, size=200 * row_bytes)
+        for n in range(0, 10 * (200 + gap), 200 + gap)
+    ]
+    runs = stretches(source_terms([source]), chunks)
+    assert [run.rows for run in runs] == rows
+    assert sum(run.size for run in runs) == 2000 * row_bytes
 
 
 def test_a_folder_costs_the_same_however_many_images_are_named(tmp_path: Path) -> None:
