@@ -19,6 +19,7 @@ from pipelines.report.findings import describe_stage, judge, margin
 from pipelines.report.interview import wait_until_healthy
 from pipelines.report.page import render, write_report
 from pipelines.report.sources import data_facts, pictures_of, replies_of, stage_of
+from pipelines.report.summary import summarize
 from pipelines.report.templates import duration
 from pipelines.serving.transport import free_port
 from pipelines.shards.manifest import Manifest
@@ -251,3 +252,21 @@ def test_waiting_for_a_server_ends() -> None:
         with pytest.raises(OSError, match=r"no answer at .*/health within 0.3 s"):
             wait_until_healthy(server, f"http://127.0.0.1:{free_port()}", patience_s=0.3)
         server.communicate(b"\n")
+
+
+def test_summary_shows_times_accuracy_and_goals() -> None:
+    score = TypeScore("color", 100, accuracy=0.81, blank=0.57, majority=0.3)
+    report = Report(
+        title="",
+        summary="",
+        goals=[Goal("% right", 80, 81), Goal("points above blank", 25, 24)],
+        steps=[Step("align", "python", 65), Step("tune", "python", 70)],
+        stages=[],
+        overall=score,
+        scores=[score],
+        pictures=[],
+        failures=[],
+    )
+    text = summarize(report, Path("report.html"))
+    for part in ("2 min 15 s", "81.0%", "57.0%", "30.0%", "met: 81.0 % right", "NOT MET: 24.0 points", "report.html"):
+        assert part in text, part
