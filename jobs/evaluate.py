@@ -59,15 +59,15 @@ def main(argv: list[str] | None = None) -> int:
 def evaluate(settings: EvaluateSettings) -> int:
     """Answer, judge, write, print."""
     # The model's libraries take seconds to import; --help and a misspelt flag are answered before.
-    from pipelines import evaluation
+    from pipelines.evaluation import answering, questions, verdicts
     from pipelines.training.start import check_encoder
 
     started = time.monotonic()
     dataset = ShardedDataset(settings.data, cache_dir=settings.cache_dir)
     checkpoint = storage.resolve(settings.checkpoint)
-    evaluation.check_processor(checkpoint, dataset)
+    answering.check_processor(checkpoint, dataset)
     check_encoder(ModelSettings(checkpoint=checkpoint), {dataset.folder: dataset.manifest})
-    questions = evaluation.read_questions(dataset, range(min(settings.limit or len(dataset), len(dataset))))
+    asked = questions.read_questions(dataset, range(min(settings.limit or len(dataset), len(dataset))))
     arguments: dict[str, Any] = {
         "checkpoint": checkpoint,
         "folder": dataset.folder,
@@ -78,23 +78,23 @@ def evaluate(settings: EvaluateSettings) -> int:
     if settings.num_workers:
         start_ray()
         workers = (settings.num_workers, settings.cpus_per_worker, settings.gpus_per_worker)
-        answers = evaluation.answer_on_ray(questions, settings.batch_size, *workers, arguments)
+        answers = answering.answer_on_ray(asked, settings.batch_size, *workers, arguments)
     else:
-        answers = evaluation.answer_here(evaluation.CheckpointAnswerer(**arguments), questions, settings.batch_size)
-    judged = evaluation.judge(dataset, questions, evaluation.with_progress(answers, len(questions)))
-    baseline = questions
+        answers = answering.answer_here(answering.CheckpointAnswerer(**arguments), asked, settings.batch_size)
+    judged = verdicts.judge(dataset, asked, answering.with_progress(answers, len(asked)))
+    baseline = asked
     if settings.majority_from:
-        baseline = evaluation.read_questions(ShardedDataset(settings.majority_from, cache_dir=settings.cache_dir))
+        baseline = questions.read_questions(ShardedDataset(settings.majority_from, cache_dir=settings.cache_dir))
     summary = {
         "checkpoint": checkpoint,
         "data": dataset.folder,
         "manifest": dataset.manifest.identity(),
         "blank_images": settings.blank_images,
         "majority_from": settings.majority_from or "the evaluated split",
-        **evaluation.summarize(judged, evaluation.majority_answers(baseline)),
+        **verdicts.summarize(judged, verdicts.majority_answers(baseline)),
         "seconds": time.monotonic() - started,
     }
-    evaluation.write_evaluation(storage.resolve(settings.output), judged, summary)
+    verdicts.write_evaluation(storage.resolve(settings.output), judged, summary)
     print_summary(summary)
     return 0
 

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothImageProcessor, FlashSlothProcessor
-from pipelines.training.metrics import read_metrics
+from pipelines.training.run_log import read_metrics
 from pipelines.training.settings import TrainSettings
 from tests.fixtures.tiny import train_tokenizer
 from tests.prepared import coloured_rows, write_prepared

@@ -28,8 +28,8 @@ from pipelines.ray_session import start_ray
 from pipelines.training.host import RayHost, Request
 from pipelines.training.launch import resolve_settings, train
 from pipelines.training.loop import run_uri, run_worker
-from pipelines.training.metrics import read_metrics
 from pipelines.training.process import prepare_process
+from pipelines.training.run_log import read_metrics
 from pipelines.training.settings import TrainSettings
 
 _RUN, _BARE = "Ray Train + DeepSpeed", "bare torch"

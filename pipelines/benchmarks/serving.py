@@ -33,11 +33,12 @@ from pipelines.benchmarks.annotating import write_checkpoint
 from pipelines.benchmarks.http_client import Connection, post_request
 from pipelines.benchmarks.machine import describe_machine
 from pipelines.benchmarks.photos import draw_corpus
-from pipelines.benchmarks.rounds import Figures, Rounds, take_turns, timed
+from pipelines.benchmarks.rounds import Figures, take_turns, timed
+from pipelines.benchmarks.serving_tables import AT, LENGTHS, MIXED, serving_bounds, serving_table
 from pipelines.benchmarks.settings import BenchmarkSettings
 from pipelines.benchmarks.sizes import MID, TINY
 from pipelines.benchmarks.static_engine import build_static_app, generate
-from pipelines.benchmarks.table import Bound, Report, Table
+from pipelines.benchmarks.table import Report
 from pipelines.ray_session import start_ray
 from pipelines.serving.app import build_app
 from pipelines.serving.engine import Encoder, Engine, EngineSettings, Prompt
@@ -46,9 +47,6 @@ from pipelines.serving.settings import ServeArgs
 from pipelines.serving.transport import set_environment, wait_until_routed
 
 _QUESTION = "What is in the picture?"
-_LENGTHS = (16, 128)
-_MIXED = (4, 128)
-_AT = 16  # concurrent requests at which the bounds hold
 _QUIET = LoggingConfig(log_level="ERROR", enable_access_log=False)
 
 
@@ -83,8 +81,8 @@ def measure_serve(settings: ServeBenchmark) -> Report:
         name="serve",
         machine=machine,
         settings=settings.model_dump(),
-        tables=_tables(settings, rounds),
-        bounds=_bounds(rounds),
+        tables=[serving_table(settings.concurrent, settings.model, settings.rounds, rounds)],
+        bounds=serving_bounds(rounds),
         measured={"serve": rounds.record()},
     )
 
@@ -108,7 +106,7 @@ class _Bench:
         self.encoder = Encoder(processor)
         self.prompts = [self._prompt(photo) for photo in self.photos]
         # Without a cache of images: the others have none.
-        budgets = EngineSettings(max_slots=_AT, max_length=512, max_waiting=256, image_cache_bytes=0)
+        budgets = EngineSettings(max_slots=AT, max_length=512, max_waiting=256, image_cache_bytes=0)
         self.engine = Engine.from_checkpoint(checkpoint, "cpu", "float32", budgets)
         args = ServeArgs(
             checkpoint=str(checkpoint),
@@ -123,7 +121,7 @@ class _Bench:
     def contestants(self) -> dict[str, Callable[[], Figures]]:
         """Everything that is run once a round."""
         found: dict[str, Callable[[], Figures]] = {}
-        for length in _LENGTHS:
+        for length in LENGTHS:
             found[f"loop, {length} tokens"] = partial(self.loop, length)
             found[f"engine, {length} tokens"] = partial(self.bare_engine, length)
             for clients in self.settings.concurrent:
@@ -131,9 +129,9 @@ class _Bench:
                     lengths = [length] * (clients * self.settings.requests_per_client)
                     found[f"{name}, {length} tokens, {clients}"] = partial(self.http, name, clients, lengths)
         source = Random(self.settings.seed)
-        mixed = [source.randint(*_MIXED) for _ in range(_AT * self.settings.requests_per_client)]
+        mixed = [source.randint(*MIXED) for _ in range(AT * self.settings.requests_per_client)]
         for name in ("service", "static"):
-            found[f"{name}, mixed, {_AT}"] = partial(self.http, name, _AT, mixed)
+            found[f"{name}, mixed, {AT}"] = partial(self.http, name, AT, mixed)
         found["first token, engine"] = self.first_token_of_engine
         found["decoding"] = self.decoding
         found["first token, service"] = lambda: asyncio.run(self._first_tokens())
@@ -147,7 +145,7 @@ class _Bench:
 
     def bare_engine(self, length: int) -> Figures:
         """As many requests at once as the bounds speak of, without anything around the engine."""
-        prompts = self._asked([length] * (_AT * self.settings.requests_per_client))
+        prompts = self._asked([length] * (AT * self.settings.requests_per_client))
         return {"requests_per_s": len(prompts) / timed(lambda: self.engine.generate(prompts))}
 
     def http(self, name: str, clients: int, lengths: list[int]) -> Figures:
@@ -159,7 +157,7 @@ class _Bench:
     def first_token_of_engine(self) -> Figures:
         """From handing in a prompt to its first text, alone."""
         times = []
-        for prompt in self._asked([_LENGTHS[0]] * self._num_alone):
+        for prompt in self._asked([LENGTHS[0]] * self._num_alone):
             start = time.perf_counter()
             chunks = self.engine.stream(prompt)
             next(chunk for chunk in chunks if chunk.text)
@@ -213,7 +211,7 @@ class _Bench:
         await asyncio.gather(*(client() for _ in range(clients)))
 
     async def _first_tokens(self) -> Figures:
-        requests = [self._request("service", index, _LENGTHS[0], stream=True) for index in range(self._num_alone)]
+        requests = [self._request("service", index, LENGTHS[0], stream=True) for index in range(self._num_alone)]
         times = []
         async with Connection.to(self.address) as connection:
             for request in requests:
@@ -238,52 +236,3 @@ def _start(args: ServeArgs) -> str:
     for prefix in ("/service", "/static"):
         wait_until_routed("127.0.0.1", port, prefix)
     return f"http://127.0.0.1:{port}"
-
-
-def _tables(settings: ServeBenchmark, rounds: Rounds) -> list[Table]:
-    rows = []
-    for length in _LENGTHS:
-        loop = f"loop, {length} tokens"
-        for clients in settings.concurrent:
-            service, static = (f"{name}, {length} tokens, {clients}" for name in ("service", "static"))
-            rows.append([f"{clients} x {length}", *_row(rounds, service, static, loop)])
-    mixed = _row(rounds, f"service, mixed, {_AT}", f"static, mixed, {_AT}", None)
-    rows.append([f"{_AT} x {_MIXED[0]} to {_MIXED[1]}", *mixed])
-    first = [rounds.spread(f"first token, {name}", "first_token_ms").median for name in ("engine", "service")]
-    decoding = rounds.spread("decoding", "decoding_ms").median
-    notes = [
-        f"Concurrent requests x output tokens, one photo each; {settings.model} model; requests/s, medians of "
-        f"{settings.rounds} rounds. First text alone: {first[0]:.1f} ms in the bare engine, {first[1]:.1f} ms over "
-        f"HTTP, of which {decoding:.1f} ms make a prompt of the JPEG."
-    ]
-    columns = ["requests", "service", "static batching", "of static", "of a loop"]
-    return [Table(title="Serving", columns=columns, rows=rows, notes=notes)]
-
-
-def _row(rounds: Rounds, service: str, static: str, loop: str | None) -> list[str]:
-    figure = "requests_per_s"
-    of_static = rounds.ratio(service, static, figure).median
-    of_loop = "" if loop is None else f"{rounds.ratio(service, loop, figure).median:.2f}"
-    speeds = [f"{rounds.spread(name, figure).median:.1f}" for name in (service, static)]
-    return [*speeds, f"{of_static:.2f}", of_loop]
-
-
-def _bounds(rounds: Rounds) -> list[Bound]:
-    figure = "requests_per_s"
-    bounds = []
-    for length in _LENGTHS:
-        service = f"service, {length} tokens, {_AT}"
-        found = rounds.ratio(service, f"loop, {length} tokens", figure).median
-        bounds.append(_at_least(f"service at {_AT} against a loop, {length} tokens", 4, found))
-        found = rounds.ratio(service, f"engine, {length} tokens", figure).median
-        bounds.append(_at_least(f"service at {_AT} against the bare engine, {length} tokens", 0.85, found))
-    found = rounds.ratio(f"service, mixed, {_AT}", f"static, mixed, {_AT}", figure).median
-    bounds.append(_at_least(f"service at {_AT} against static batching, mixed lengths", 1.5, found))
-    service, engine = (f"first token, {name}" for name in ("service", "engine"))
-    added = median(each[service]["first_token_ms"] - each[engine]["first_token_ms"] for each in rounds.figures)
-    bounds.append(Bound(name="added to the first token, ms", sense="at most", wanted=8, measured=added))
-    return bounds
-
-
-def _at_least(name: str, wanted: float, measured: float) -> Bound:
-    return Bound(name=name, sense="at least", wanted=wanted, measured=measured)

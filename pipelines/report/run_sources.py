@@ -15,7 +15,7 @@ from pipelines.report.run_history import history_of
 from pipelines.report.run_panels import panels_of
 from pipelines.report.sources import data_facts
 from pipelines.training.events import read_events
-from pipelines.training.metrics import read_metrics
+from pipelines.training.run_log import read_metrics
 from pipelines.training.scores import read_scores
 
 SETTINGS_NAME = "config.yaml"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipelines.evaluation import read_answers
+from pipelines.evaluation.verdicts import read_answers
 from pipelines.report.contents import Picture, Reply, Stage
 from pipelines.shards.manifest import Manifest
-from pipelines.training.metrics import read_metrics
+from pipelines.training.run_log import read_metrics
 
 
 def stage_of(name: str, run: Path, note: str) -> Stage:

@@ -14,7 +14,9 @@ import torch
 
 from flashsloth.image_processing_flashsloth import normalize_pixels
 from pipelines import storage
-from pipelines.evaluation import Answerer, answer_here, judge, read_questions
+from pipelines.evaluation.answering import Answerer, answer_here
+from pipelines.evaluation.questions import read_questions
+from pipelines.evaluation.verdicts import judge
 from pipelines.feed import BatchLoader, GlobalBatch, MicroBatch, Position, PreparedRows
 from pipelines.shards.manifest import Manifest
 from pipelines.training.checkpoint import CheckpointManifest, opened

@@ -26,10 +26,10 @@ from pipelines.training.keeper import CheckpointKeeper
 from pipelines.training.lookout import Lookout, drop_record
 from pipelines.training.loop import export_uri, run_identity, run_uri, train_worker
 from pipelines.training.lost_ranks import TellLostRanks
-from pipelines.training.metrics import log_late_scores
 from pipelines.training.process import worker_environment
 from pipelines.training.recording import recorded
 from pipelines.training.remote_evaluator import RemoteEvaluator
+from pipelines.training.run_log import log_late_scores
 from pipelines.training.scores import Measure
 from pipelines.training.settings import EvaluationSettings, ScalingSettings, TrainSettings
 from pipelines.training.start import check_encoder, check_start, load_processor, start_identity

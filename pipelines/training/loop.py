@@ -27,7 +27,7 @@ from pipelines.training.flops import FlopCounter, Peak, find_peak
 from pipelines.training.host import Host, Outcome, RayHost, Request
 from pipelines.training.lora import merge_adapters
 from pipelines.training.memory import MemoryPlanError, choose_stage, count_sizes, largest_work
-from pipelines.training.metrics import RunLog, StepMeter, read_metrics
+from pipelines.training.metrics import StepMeter
 from pipelines.training.optimization import (
     build_optimizer,
     learning_rates,
@@ -36,6 +36,7 @@ from pipelines.training.optimization import (
 )
 from pipelines.training.process import prepare_process, seed_step
 from pipelines.training.ranks import Ranks
+from pipelines.training.run_log import RunLog, read_metrics
 from pipelines.training.saver import CheckpointSaver
 from pipelines.training.settings import RunSettings, TrainSettings
 from pipelines.training.start import StartError, build_learner, load_processor, start_identity

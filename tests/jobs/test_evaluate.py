@@ -7,7 +7,7 @@ import json
 import pytest
 
 from jobs.evaluate import main
-from pipelines.evaluation import read_answers
+from pipelines.evaluation.verdicts import read_answers
 from pipelines.training.export import write_export
 from pipelines.training.settings import ModelSettings
 from pipelines.training.start import build_model, load_processor

@@ -16,7 +16,7 @@ from flashsloth import FlashSlothImageProcessor, FlashSlothProcessor
 from jobs.train import STOPPED_EXIT_CODE, main
 from pipelines import storage
 from pipelines.training.export import ExportError, fetch_export, load_export
-from pipelines.training.metrics import read_metrics
+from pipelines.training.run_log import read_metrics
 from tests.prepared import coloured_rows, write_prepared
 
 RECIPES = Path(__file__).parents[2] / "jobs" / "recipes"

@@ -12,7 +12,7 @@ import pytest
 from pipelines import storage
 from pipelines.settings import load_settings
 from pipelines.training.export import write_export
-from pipelines.training.metrics import read_metrics
+from pipelines.training.run_log import read_metrics
 from pipelines.training.settings import TrainSettings
 from tests.fixtures.host_cluster import HostCluster, run_cluster, wait_until
 from tests.fixtures.hosts import HostsUnavailable

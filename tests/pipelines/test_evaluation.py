@@ -10,17 +10,13 @@ import torch
 
 from flashsloth import FlashSlothProcessor
 from flashsloth.image_processing_flashsloth import normalize_pixels
-from pipelines.evaluation import (
+from pipelines.evaluation.answering import CheckpointAnswerer, answer_here, check_processor
+from pipelines.evaluation.questions import EvaluationError, Question, read_questions
+from pipelines.evaluation.verdicts import (
     AnsweredQuestion,
-    CheckpointAnswerer,
-    EvaluationError,
-    Question,
-    answer_here,
-    check_processor,
     judge,
     majority_answers,
     read_answers,
-    read_questions,
     summarize,
     write_evaluation,
 )

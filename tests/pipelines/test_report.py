@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from flashsloth import FlashSlothProcessor
-from pipelines.evaluation import AnsweredQuestion, write_evaluation
+from pipelines.evaluation.verdicts import AnsweredQuestion, write_evaluation
 from pipelines.report.contents import Goal, Picture, Reply, Report, Stage, Step, TypeScore, score_replies
 from pipelines.report.curves import loss_curve, running_mean
 from pipelines.report.findings import describe_stage, judge, margin

@@ -19,7 +19,9 @@ from safetensors.torch import load_file
 from flashsloth import FlashSlothImageProcessor, FlashSlothProcessor
 from flashsloth.image_processing_flashsloth import normalize_pixels
 from pipelines import storage
-from pipelines.evaluation import CheckpointAnswerer, answer_here, judge, read_questions
+from pipelines.evaluation.answering import CheckpointAnswerer, answer_here
+from pipelines.evaluation.questions import read_questions
+from pipelines.evaluation.verdicts import judge
 from pipelines.feed import model_inputs
 from pipelines.shards.reader import ShardedDataset
 from pipelines.training import remote_evaluator

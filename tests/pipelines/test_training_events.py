@@ -14,8 +14,8 @@ from pipelines.storage_faults import StorageError
 from pipelines.training.errands import Errands
 from pipelines.training.events import EventLog, read_events, record
 from pipelines.training.flops import find_peak
-from pipelines.training.metrics import RunLog, read_metrics, readable
 from pipelines.training.optimization import learning_rates
+from pipelines.training.run_log import RunLog, read_metrics, readable
 from pipelines.training.settings import OptimSettings
 from tests.pipelines.test_training_metrics import figures
 

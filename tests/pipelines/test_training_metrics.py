@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipelines.training.metrics import RunLog, read_metrics, readable
+from pipelines.training.run_log import RunLog, read_metrics, readable
 
 
 def figures(loss: float) -> dict[str, float]:

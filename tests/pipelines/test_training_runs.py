@@ -15,7 +15,7 @@ import pytest
 
 from pipelines.report.run_sources import run_report
 from pipelines.training.launch import ResourceError, TrainingError, check_cluster, check_inputs, train
-from pipelines.training.metrics import read_metrics
+from pipelines.training.run_log import read_metrics
 from tests.training import NUM_STEPS, check_export, completed, losses, recipe, write_data
 from tests.training_ranks import train_on
 

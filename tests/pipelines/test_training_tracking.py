@@ -19,7 +19,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 from pipelines.serving.transport import free_port
 from pipelines.training.launch import check_inputs
-from pipelines.training.metrics import RunLog, log_late_scores, read_metrics
+from pipelines.training.run_log import RunLog, log_late_scores, read_metrics
 from pipelines.training.scores import ScoreLog
 from pipelines.training.settings import TrackingSettings, TrainSettings
 from pipelines.training.tracking import Tracker, TrackingError, check_tracking, open_trackers, run_word

@@ -1,20 +1,9 @@
-"""How often a checkpoint answers a prepared split exactly right, per question type.
-
-    prepared rows -> questions (each with the true earlier turns before it) -> batches of similar length
-    -> greedy answers -> answers.jsonl and summary.json
-
-An answer is right where it equals the truth, both stripped of surrounding space. The majority baseline gives every
-question the most frequent true answer of its type: counted in the evaluated split itself, which flatters the baseline,
-or in a training split where one is named. A blank image is a uniform grey of 127 in place of every picture.
-"""
+"""Greedy answers to questions: in this process, or by a pool of actors."""
 
 from __future__ import annotations
 
-import json
 import time
-from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -24,69 +13,10 @@ import torch
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
 from flashsloth.collation import collate
 from flashsloth.image_processing_flashsloth import GREY, normalize_pixels
-from pipelines import storage
+from pipelines.evaluation.questions import EvaluationError, Question
 from pipelines.feed import model_inputs
 from pipelines.shards.reader import ShardedDataset
 from pipelines.training.export import fetch_export, load_export
-
-ANSWERS_NAME = "answers.jsonl"
-SUMMARY_NAME = "summary.json"
-UNTYPED = "all"
-
-
-class EvaluationError(ValueError):
-    """A checkpoint and a prepared split do not go together; the message names both."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """One user turn of one row."""
-
-    row: int
-    turn: int
-    """From 0."""
-    question_type: str
-    truth: str
-    num_tokens: int
-    """Of the row up to this question, roughly; questions are batched by it."""
-
-
-@dataclass(frozen=True)
-class AnsweredQuestion:
-    """A line of answers.jsonl."""
-
-    key: str
-    id: str
-    turn: int
-    question: str
-    type: str
-    answer: str
-    truth: str
-    correct: bool
-
-
-def read_questions(dataset: ShardedDataset, rows: Iterable[int] | None = None) -> list[Question]:
-    """Every user turn of the split, in order; of `rows` alone where given.
-
-    Raises:
-        EvaluationError: The split is in the caption layout, which has no questions, or holds no row.
-    """
-    if dataset.manifest.layout != "chat":
-        raise EvaluationError(
-            f"{dataset.folder} is in layout '{dataset.manifest.layout}', which has no questions; prepare it as 'chat'"
-        )
-    questions = []
-    for index in range(len(dataset)) if rows is None else rows:
-        row = dataset.read(index)
-        messages, types = row["messages"], row["question_types"]
-        for turn in range(len(messages) // 2):
-            # Where the question's answer ends is not stored; the share of turns is near enough to sort by.
-            length = len(row["input_ids"]) * (turn + 1) // max(1, len(messages) // 2)
-            kind = types[turn] if types else UNTYPED
-            questions.append(Question(index, turn, kind, messages[2 * turn + 1]["content"].strip(), length))
-    if not questions:
-        raise EvaluationError(f"{dataset.folder} holds no question")
-    return questions
 
 
 class Answerer:
@@ -235,70 +165,6 @@ def with_progress(answers: Iterable[dict[str, Any]], total: int, every_s: float 
         if now - said >= every_s or count == total:
             said = now
             print(f"answered {count}/{total} questions ({count / (now - started):.0f}/s)", flush=True)
-
-
-def judge(
-    dataset: ShardedDataset, questions: Sequence[Question], answers: Iterable[dict[str, Any]]
-) -> list[AnsweredQuestion]:
-    """Answers beside the truth, in the order of the questions."""
-    given = {(answer["row"], answer["turn"]): answer["answer"] for answer in answers}
-    judged = []
-    for question in questions:
-        row = dataset.read(question.row)
-        answer = given[question.row, question.turn]
-        judged.append(
-            AnsweredQuestion(
-                key=row["key"],
-                id=row["id"],
-                turn=question.turn,
-                question=row["messages"][2 * question.turn]["content"],
-                type=question.question_type,
-                answer=answer,
-                truth=question.truth,
-                correct=answer.strip() == question.truth,
-            )
-        )
-    return judged
-
-
-def majority_answers(questions: Iterable[Question]) -> dict[str, str]:
-    """The most frequent true answer of each question type; of equally frequent ones the first in the alphabet."""
-    counted: dict[str, Counter[str]] = defaultdict(Counter)
-    for question in questions:
-        counted[question.question_type][question.truth] += 1
-    return {
-        kind: min(counter.items(), key=lambda item: (-item[1], item[0]))[0] for kind, counter in sorted(counted.items())
-    }
-
-
-def summarize(answers: Sequence[AnsweredQuestion], majority: dict[str, str]) -> dict[str, Any]:
-    """Counts and shares (0 to 1), overall and per question type."""
-    by_type: dict[str, list[AnsweredQuestion]] = defaultdict(list)
-    for answer in answers:
-        by_type[answer.type].append(answer)
-    types = {kind: _score(group, majority) | {"majority_answer": majority.get(kind)} for kind, group in by_type.items()}
-    return _score(answers, majority) | {"types": dict(sorted(types.items()))}
-
-
-def _score(answers: Sequence[AnsweredQuestion], majority: dict[str, str]) -> dict[str, Any]:
-    return {
-        "questions": len(answers),
-        "accuracy": sum(answer.correct for answer in answers) / len(answers),
-        "majority_accuracy": sum(answer.truth == majority.get(answer.type) for answer in answers) / len(answers),
-    }
-
-
-def write_evaluation(output: str, answers: Sequence[AnsweredQuestion], summary: dict[str, Any]) -> None:
-    """Write answers.jsonl, then summary.json, so that a summary vouches for the answers."""
-    lines = "".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers)
-    storage.write_bytes(storage.join(output, ANSWERS_NAME), lines.encode())
-    storage.write_bytes(storage.join(output, SUMMARY_NAME), json.dumps(summary, indent=1, ensure_ascii=False).encode())
-
-
-def read_answers(output: str) -> list[AnsweredQuestion]:
-    """The answers that an evaluation wrote into `output`, in the order of the questions."""
-    text = storage.read_bytes(storage.join(output, ANSWERS_NAME)).decode()
-    return [AnsweredQuestion(**json.loads(line)) for line in text.split("\n") if line]
 
 
 def _grey(processor: FlashSlothProcessor) -> np.ndarray:
