@@ -99,10 +99,25 @@ def _usage(prog: str | None) -> str:
     return f"{prog or Path(sys.argv[0]).name} [--config RECIPE.yaml ...]"
 
 
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML in which a name stands once: plain PyYAML takes the last of two, and a whole list of sources is lost."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        names: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in names:
+                raise yaml.composer.ComposerError(None, None, f"{key.value!r} stands twice", key.start_mark)
+            names.add(key.value)
+        return node
+
+
 def _read_recipe(path: str) -> dict[str, Any]:
     try:
         with fsspec.open(path, "r", encoding="utf-8") as file:
-            recipe = yaml.safe_load(file)
+            recipe = yaml.load(file, _RecipeLoader)
     except (OSError, UnicodeDecodeError) as error:
         _refuse([f"{path}: this recipe cannot be read ({error})"])
     except yaml.YAMLError as error:
@@ -123,18 +138,27 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def _explain(settings_class: type[BaseModel], problem: Any, recipes: dict[str, dict[str, Any]]) -> str:
     where = [str(part) for part in problem["loc"]]
     field = ".".join(where)
-    origin = next((path for path, recipe in reversed(recipes.items()) if _contains(recipe, where)), "command line")
+    origin = _origin(recipes, where)
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(where[-1], _siblings(settings_class, where), n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
         return f"{origin}: unknown field '{field}'{hint}"
     if problem["type"] == "missing":
+        if any(part.isdigit() for part in where):  # there is no flag for a field of an item of a list
+            return f"{_origin(recipes, where[:-1])}: '{field}' is required"
         return f"'{field}' is required: give it in a recipe or as --{field}"
     return f"{origin}: {field or 'settings'}: {problem['msg']} (got {problem['input']!r})"
 
 
+def _origin(recipes: dict[str, dict[str, Any]], where: list[str]) -> str:
+    """The recipe that has the field at `where`; the last one counts."""
+    return next((path for path, recipe in reversed(recipes.items()) if _contains(recipe, where)), "command line")
+
+
 def _contains(recipe: Any, where: list[str]) -> bool:
     for part in where:
+        if isinstance(recipe, list):
+            recipe = dict(zip(map(str, range(len(recipe))), recipe, strict=True))
         if not isinstance(recipe, dict) or part not in recipe:
             return False
         recipe = recipe[part]
@@ -143,6 +167,8 @@ def _contains(recipe: Any, where: list[str]) -> bool:
 
 def _siblings(settings_class: Any, where: list[str]) -> list[str]:
     for part in where[:-1]:
+        if part.isdigit():  # an item of a list, whose sections are known from the list's own name
+            continue
         field = getattr(settings_class, "model_fields", {}).get(part)
         candidates = getattr(field.annotation, "__args__", (field.annotation,)) if field else ()
         settings_class = next((c for c in candidates if hasattr(c, "model_fields")), None)

@@ -8,7 +8,7 @@ from typing import Literal, Self
 from pydantic import AliasChoices, Field, field_validator, model_validator
 
 from pipelines.annotation.questions import PROMPT_FIELDS
-from pipelines.preparation.settings import SourceSettings
+from pipelines.preparation.settings import SourceSettings, check_listed_once
 from pipelines.serving.engine_settings import EngineSettings
 from pipelines.settings import JobSettings, Section
 from pipelines.worker_pool import PoolSettings
@@ -104,11 +104,7 @@ class AnnotateSettings(JobSettings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        for field in ("name", "path"):
-            values = [getattr(source, field) for source in self.sources]
-            twice = next((value for value in values if values.count(value) > 1), None)
-            if twice is not None:
-                raise ValueError(f"two sources have the {field} {twice!r}; rows are keyed by it, so list each once")
+        check_listed_once(self.sources)
         if (self.checkpoint is None) == (self.endpoint is None):
             raise ValueError("give exactly one of checkpoint and endpoint")
         if self.prompt is None and any(source.format == "images" for source in self.sources):

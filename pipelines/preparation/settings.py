@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Literal, Self
 
@@ -20,7 +21,7 @@ CONFIG_NAME = "config.yaml"
 class SourceSettings(Section):
     """A corpus: one file, or several of one format."""
 
-    path: str
+    path: str = Field(min_length=1)
     """A corpus file: a local path or a URI (s3://bucket/blip_laion_cc_sbu_558k.json, also of gs:// and hf://); with
     * or ? in it, all files that it matches, in the order of their names (hf://datasets/USER/NAME/data/*.parquet)."""
     format: str = "llava"
@@ -58,6 +59,18 @@ class SourceSettings(Section):
         return self
 
 
+def check_listed_once(sources: Sequence[SourceSettings]) -> None:
+    """Raise ValueError where two of a job's `sources` have the same path or the same name."""
+    for field, remedy in (
+        ("path", "list each once: weight says how often its rows are taken"),
+        ("name", "rows are keyed by it: give one of them another"),
+    ):
+        values = [getattr(source, field) for source in sources]
+        twice = next((value for value in values if values.count(value) > 1), None)
+        if twice is not None:
+            raise ValueError(f"two sources have the {field} {twice!r}; {remedy}")
+
+
 class EncoderSettings(PoolSettings):
     """The frozen vision tower, for payload `features`."""
 
@@ -77,7 +90,7 @@ class PrepareSettings(JobSettings):
 
     sources: list[SourceSettings] = Field(min_length=1)
     """The corpora, in the order of the dataset."""
-    output: str
+    output: str = Field(min_length=1)
     """Folder or URI to write the dataset into."""
     processor: str | None = None
     """Folder with a saved FlashSlothProcessor: a processor alone or a whole checkpoint. This, or `tokenizer`."""
@@ -111,11 +124,7 @@ class PrepareSettings(JobSettings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        for field in ("name", "path"):
-            values = [getattr(source, field) for source in self.sources]
-            twice = next((value for value in values if values.count(value) > 1), None)
-            if twice is not None:
-                raise ValueError(f"two sources have the {field} {twice!r}; rows are keyed by it, so list each once")
+        check_listed_once(self.sources)
         bare = next((source.name for source in self.sources if source.format == "images"), None)
         if bare is not None:
             raise ValueError(

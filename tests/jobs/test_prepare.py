@@ -55,8 +55,13 @@ def start(recipe: str, **environment: str) -> subprocess.Popen[str]:
         ({"payloads": "pixels"}, "recipe.yaml: unknown field 'payloads'; did you mean 'payload'?"),
         ({"layout": "captions"}, "recipe.yaml: layout: "),
         ({"sources": [{"path": "a.json", "format": "llama"}]}, "no such corpus format; there are: images, llava"),
-        ({"sources": [{"path": "a/x.json"}, {"path": "b/x.json"}]}, "two sources have the name 'x'"),
-        ({"sources": [{"path": "x.json", "name": n} for n in "ab"]}, "two sources have the path 'x.json'"),
+        ({"sources": [{"path": "a/x.json"}, {"path": "b/x.json"}]}, "two sources have the name 'x'; rows are"),
+        ({"sources": [{"path": "x.json", "name": n} for n in "ab"]}, "two sources have the path 'x.json'; list each"),
+        ({"sources": [{"path": "a.json", "image_rot": "x"}]}, "recipe.yaml: unknown field 'sources.0.image_rot'; did"),
+        ({"sources": [{"path": "a.json"}, {"weight": 2}]}, "recipe.yaml: 'sources.1.path' is required\n"),
+        ({"sources": [{"path": "a.json"}, {"path": "b.json", "weight": 0}]}, "recipe.yaml: sources.1.weight: "),
+        ({"sources": [{"path": ""}]}, "recipe.yaml: sources.0.path: "),
+        ({"output": ""}, "recipe.yaml: output: "),
         ({"payload": "features"}, "payload 'features' needs an encoder"),
         ({"payload": "features", "encoder": {"path": "x", "dtype": "int4"}}, "encoder.dtype: "),
         (
@@ -76,6 +81,15 @@ def test_mistake_in_a_recipe_is_named(
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_recipe_that_names_its_sources_twice_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = Path(write_recipe(tmp_path))
+    recipe.write_text(recipe.read_text() + "sources:\n- {path: more.json}\n")
+    with pytest.raises(SystemExit, match="2"):
+        main(["--config", str(recipe)])
+    error = capsys.readouterr().err
+    assert f"{recipe}: this recipe is no valid YAML: 'sources' stands twice" in error
 
 
 @pytest.mark.parametrize(
