@@ -14,14 +14,19 @@ from typing import Any
 from pipelines import storage
 from pipelines.corpora.array_scanner import BLANKS, ArrayScanner
 from pipelines.corpora.spans import Extent, Span
-from pipelines.records import Record, Row, RowError
+from pipelines.records import FileFormatError, Record, Row, RowError
 
 _BLOCK = 4 * 2**20
+_COMPRESSED = {
+    **{b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz"},
+    **{b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"},
+}
+_WIDE_BOMS = (b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")  # of UTF-16 and UTF-32
 
 
 def is_json_lines(path: str) -> bool:
     """Whether `path` is named as JSON lines; every other name is taken for one JSON array."""
-    return path.endswith((".jsonl", ".ndjson", ".jsonlines"))
+    return path.lower().endswith((".jsonl", ".ndjson", ".jsonlines"))
 
 
 def scan(path: str) -> Iterator[Extent]:
@@ -29,19 +34,23 @@ def scan(path: str) -> Iterator[Extent]:
 
     Raises:
         FileNotFoundError: no such file.
-        FileFormatError: a JSON file is no array, or the array is not closed.
+        FileFormatError: a JSON file is no array, or the array is not closed; the file is compressed, is not in UTF-8 by
+            its byte order mark, or holds an array and is named as JSON lines.
     """
     return scan_lines(path) if is_json_lines(path) else scan_array(path)
 
 
 def scan_lines(path: str) -> Iterator[Extent]:
     """Extents of the lines of `path` that are not blank."""
-    start, line, held = 0, 1, b""
+    start, line, held, is_first = 0, 1, b"", True
     for block in _blocks(path):
         held += block
         *lines, held = held.split(b"\n")
         for text in lines:
             if text.strip(BLANKS):
+                if is_first:
+                    _check_first_line(path, text.strip(BLANKS))
+                    is_first = False
                 yield Extent(start, start + len(text), line, len(text))
             start, line = start + len(text) + 1, line + 1
     if held.strip(BLANKS):
@@ -78,11 +87,40 @@ def read(path: str, span: Span, record: Callable[[Any], Record]) -> Iterator[Row
 def parse(text: bytes) -> Any:
     """The JSON value that `text` spells, or why it spells none."""
     try:
-        return json.loads(text.decode("utf-8"))
+        return json.loads(text.decode("utf-8"), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         return RowError("row_malformed", f"not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}")
+    except RowError as error:
+        return error
     except (ValueError, RecursionError) as error:
         return RowError("row_malformed", f"not valid JSON: {error}")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """As `dict`, which would take the last of several values in silence."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        other = next((name for name, value in pairs if value != found[name]), None)
+        if other is not None:
+            raise RowError("row_malformed", f"{other!r} stands twice in an object, with different values")
+    return found
+
+
+def _check_first_line(path: str, text: bytes) -> None:
+    # A row that is a list is a bad row. A line that is a part of one belongs to an array.
+    if text == b"[" or (text[:1] == b"[" and text[-1:] == b","):
+        raise FileFormatError(
+            f"{path}: begins with {text[:9]!r}: a {path[path.rindex('.') :]} corpus has a row on each line; name "
+            "a file with one array of rows .json"
+        )
+
+
+def _check_encoding(path: str, head: bytes) -> None:
+    packer = next((name for signature, name in _COMPRESSED.items() if head.startswith(signature)), None)
+    if packer:
+        raise FileFormatError(f"{path}: is compressed ({packer}), so no worker can begin in its middle; unpack it")
+    if head.startswith(_WIDE_BOMS):
+        raise FileFormatError(f"{path}: is UTF-16 or UTF-32, by its first bytes; write it as UTF-8 (by iconv -t UTF-8)")
 
 
 def _lines_of(data: bytes, span: Span) -> Iterator[tuple[str, bytes]]:
@@ -100,5 +138,7 @@ def _elements_of(data: bytes, span: Span, path: str) -> Iterator[tuple[str, byte
 
 def _blocks(path: str) -> Iterator[bytes]:
     with storage.open_file(path, _BLOCK) as file:
-        while block := file.read(_BLOCK):
+        _check_encoding(path, block := file.read(_BLOCK))
+        while block:
             yield block
+            block = file.read(_BLOCK)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
 import re
 from pathlib import Path
 from random import Random
@@ -86,6 +89,18 @@ def test_broken_rows_carry_file_and_line_and_harm_no_neighbour(tmp_path: Path) -
     assert all(isinstance(error, RowError) and error.reason == "row_malformed" for error in errors)
     assert "BOM" in errors[1].detail
     assert "0xff" in errors[2].detail
+
+
+def test_a_name_with_two_values_is_a_bad_row(tmp_path: Path) -> None:
+    path = tmp_path / "corpus.jsonl"
+    path.write_text('{"image": "a.jpg", "image": "b.jpg"}\n{"a": [{"b": 1, "b": "1"}]}\n{"id": 1, "id": 1}\n')
+    first, second, third = read_all(str(path), 2)
+    assert (first.reason, first.detail) == (
+        "row_malformed",
+        "'image' stands twice in an object, with different values",
+    )
+    assert second.detail == "'b' stands twice in an object, with different values"
+    assert third == {"id": 1}
 
 
 def test_broken_element_of_an_array(tmp_path: Path) -> None:
@@ -239,3 +254,32 @@ def test_file_that_is_no_array_is_refused(tmp_path: Path, content: str, message:
     with pytest.raises(FileFormatError, match=message) as raised:
         list(json_rows.scan(str(path)))
     assert str(path) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl.gz", gzip.compress(b'{"id": 1}\n', mtime=0), r"is compressed \(gzip\).* unpack it"),
+        ("a.json", gzip.compress(b'[{"id": 1}]', mtime=0), r"is compressed \(gzip\).* unpack it"),
+        ("a.jsonl", bz2.compress(b'{"id": 1}\n'), r"is compressed \(bzip2\)"),
+        ("a.jsonl.xz", lzma.compress(b'{"id": 1}\n'), r"is compressed \(xz\)"),
+        ("a.jsonl.zst", b"\x28\xb5\x2f\xfd...", r"is compressed \(zstd\)"),
+        ("a.jsonl", '{"id": 1}\n'.encode("utf-16"), "is UTF-16 or UTF-32.*as UTF-8"),
+        ("a.json", '[{"id": 1}]'.encode("utf-16"), "is UTF-16 or UTF-32"),
+        ("a.jsonl", b"\n[\n" + b' {"id": 1},\n {"id": 2}\n]\n', r"one array of rows \.json"),
+        ("a.ndjson", b'[{"id": 1},\r\n {"id": 2}]', r"a \.ndjson corpus has a row on each line"),
+    ],
+)
+def test_file_of_another_kind_is_told_by_how_it_begins(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(FileFormatError, match=f"{name}: .*{message}"):
+        list(json_rows.scan(str(path)))
+
+
+@pytest.mark.parametrize("name", ["A.JSONL", "a.Jsonl", "a.NDJSON"])
+def test_json_lines_may_be_named_in_capitals(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('{"id": 1}\n\n[{"id": 2}]\n["cut",\n')
+    rows = read_all(str(tmp_path / name), 2)
+    assert rows[:2] == [{"id": 1}, [{"id": 2}]]
+    assert isinstance(rows[2], RowError)
