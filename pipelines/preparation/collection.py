@@ -1,4 +1,4 @@
-"""Garbage collection: what killed runs have left in a prepared folder, and no receipt names.
+"""Garbage collection: what killed runs have left in a prepared folder, and neither a receipt nor the manifest names.
 
 A run that is killed may leave shards without a receipt, shared images that no row names and, on a disk, half-written
 temporary files. No reader opens them, they only take room.
@@ -24,7 +24,7 @@ from pipelines import storage
 from pipelines.preparation.image_pins import PIN_FOLDER
 from pipelines.preparation.plan import PLAN_NAME, load_plan
 from pipelines.shards.images import IMAGE_FOLDER, IMAGE_PATH, image_keys, image_name
-from pipelines.shards.manifest import MANIFEST_NAME
+from pipelines.shards.manifest import MANIFEST_NAME, Manifest
 from pipelines.shards.receipts import RECEIPT_FOLDER, Receipt, load_receipts
 from pipelines.shards.writer import SHARD_FOLDER
 
@@ -42,7 +42,7 @@ class CollectionError(ValueError):
 
 @dataclass(frozen=True)
 class Garbage:
-    """An object of a prepared folder that no receipt names."""
+    """An object of a prepared folder that neither a receipt nor the manifest names."""
 
     path: str
     bytes: int
@@ -60,7 +60,7 @@ def find_garbage(folder: str, older_than_hours: float | None = None) -> list[Gar
 
     Raises:
         CollectionError: nothing was prepared here, or it has not finished and no age is given.
-        StoredModelError: a receipt or the plan is damaged, so what it names is not known.
+        StoredModelError, ManifestError: a receipt, the plan or the manifest is damaged, so what it names is not known.
     """
     if not storage.exists(storage.join(folder, PLAN_NAME)):
         raise CollectionError(f"{folder}: no {PLAN_NAME} here, so nothing was prepared into it; nothing is removed")
@@ -75,7 +75,7 @@ def find_garbage(folder: str, older_than_hours: float | None = None) -> list[Gar
     now = time.time()
     # Listed before the receipts are read: what is committed in between is then seen as named.
     listed = list(_leftovers(file_system, root, now))
-    named = _named(folder)
+    named = _named(folder, is_finished)
     shared = {path for path in (_below(root, each.path) for each in listed) if path.startswith(f"{IMAGE_FOLDER}/")}
     if shared:
         # However old: a worker that finds an image here writes a row that names it, and not the image again.
@@ -121,9 +121,10 @@ def _below(root: str, path: str) -> str:
     return path.removeprefix(root).lstrip("/")
 
 
-def _named(folder: str) -> set[str]:
-    """Paths, below `folder`, of the shards that receipts name."""
-    return {receipt.shard.name for receipt in load_receipts(Receipt, folder) if receipt.shard}
+def _named(folder: str, is_finished: bool) -> set[str]:
+    """Paths, below `folder`, of the shards that receipts name, or the manifest: a receipt may have got lost since."""
+    named = {receipt.shard.name for receipt in load_receipts(Receipt, folder) if receipt.shard}
+    return named | ({shard.name for shard in Manifest.load(folder).shards} if is_finished else set())
 
 
 def _named_images(folder: str, shards: set[str]) -> set[str]:

@@ -253,6 +253,21 @@ def test_gc_removes_only_what_no_receipt_names(changeable: Path, capsys: pytest.
     assert main(["verify", str(changeable)]) == 0
 
 
+def test_gc_leaves_the_published_shards_where_a_receipt_got_lost(
+    changeable: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    receipts = sorted((changeable / "receipts").iterdir())
+    receipts[0].unlink()
+    kept = {path for path in changeable.rglob("*") if path.is_file()}
+    assert main(["gc", str(changeable)]) == 0
+    assert "0 objects removed" in capsys.readouterr().out
+    assert {path for path in changeable.rglob("*") if path.is_file()} == kept
+    manifest = changeable / "manifest.json"
+    manifest.write_text(manifest.read_text()[:-10])
+    assert main(["gc", str(changeable)]) == 1
+    assert f"error: {manifest}: not a manifest" in capsys.readouterr().err
+
+
 def test_gc_leaves_what_is_not_of_our_making_in_a_folder_that_is_also_the_corpus(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
