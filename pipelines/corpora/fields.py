@@ -11,6 +11,9 @@ from typing import Any
 from pipelines.records import Message, Record, RowError
 
 IMAGE_MARKER = "<image>"
+_OTHER_MEDIA = ("video", "videos", "audio", "audios")
+MEDIA = ("image", "images", *_OTHER_MEDIA)
+"""Fields of a row that hold what is no text."""
 
 
 def own_id(row: Any) -> str:
@@ -29,7 +32,15 @@ def own_id(row: Any) -> str:
 
 
 def images(row: dict[str, Any], own_id: str) -> list[Any]:
-    """What the fields `image` and `images` hold: nothing, one value, or a list of them."""
+    """What the fields `image` and `images` hold: nothing, one value, or a list of them.
+
+    Raises:
+        RowError: row_malformed: there are both; media_not_supported: the row is about a video or a sound.
+    """
+    for field in _OTHER_MEDIA:
+        held = row.get(field)
+        if any(held.values()) if isinstance(held, dict) else held:
+            raise RowError("media_not_supported", f"the row has '{field}'; FlashSloth looks at an image", own_id)
     values = [row[field] for field in ("image", "images") if row.get(field) is not None]
     if len(values) > 1:
         raise RowError("row_malformed", "a row has 'image' or 'images', not both", own_id)
@@ -70,6 +81,9 @@ def turns(
         if not isinstance(turn, dict):
             raise RowError("row_malformed", f"turn {number} is an object, this is {kind(turn)}", own_id)
         role = turn.get(names[0])
+        if role is None:
+            detail = f"turn {number} has no '{names[0]}'; it has: {', '.join(map(str, turn))}"
+            raise RowError("row_malformed", detail, own_id)
         if not isinstance(role, str) or role not in roles:
             raise RowError("row_malformed", f"turn {number} is from {role!r}; known: {', '.join(roles)}", own_id)
         found.append((roles[role], turn.get(names[1])))

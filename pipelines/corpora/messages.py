@@ -38,7 +38,8 @@ def record(row: Any) -> Record:
     """The record of a row as JSON holds it.
 
     Raises:
-        RowError: row_malformed, too_many_images, image_marker_mismatch, image_marker_misplaced, image_undecodable.
+        RowError: row_malformed, media_not_supported, too_many_images, image_marker_mismatch, image_marker_misplaced,
+            image_undecodable.
     """
     own_id = fields.own_id(row)
     turns = fields.turns(row.get("messages"), own_id, "messages", ("role", "content"), _ROLES)
@@ -47,27 +48,30 @@ def record(row: Any) -> Record:
         image = fields.one_image([_loaded(value, own_id) for value in beside], own_id)
         messages = fields.plain_messages(turns, own_id, "content")
         return fields.record(row, own_id, fields.without_marker(messages, image is not None, own_id), image)
-    contents = [(role, *_parts(content, number, own_id)) for number, (role, content) in enumerate(turns)]
+    contents = [(role, *_parts(role, content, number, own_id)) for number, (role, content) in enumerate(turns)]
     messages = fields.plain_messages([(role, text) for role, text, _ in contents], own_id, "content")
     image = fields.one_image(_placed([(role, found) for role, _, found in contents], beside, own_id), own_id)
     return fields.record(row, own_id, messages, image)
 
 
-def _parts(content: Any, number: int, own_id: str) -> tuple[str, list[Any]]:
+def _parts(role: str, content: Any, number: int, own_id: str) -> tuple[str, list[Any]]:
     """The text of a message, and the addresses of its images."""
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+    if isinstance(content, str):
+        markers = content.count(fields.IMAGE_MARKER) if role == "user" else 0
+        return content.replace(fields.IMAGE_MARKER, "").strip() if markers else content, [_IN_ROW] * markers
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
         found = fields.kind(content)
         raise RowError("row_malformed", f"turn {number}: 'content' is text or a list of parts, this is {found}", own_id)
     texts, images = [], []
-    for part in parts:
+    for part in content:
         if part.get("type") == "text" and isinstance(part.get("text"), str):
             texts.append(part["text"])
         elif part.get("type") == "image_url":
             url = part.get("image_url")
             images.append(url.get("url") if isinstance(url, dict) else url)
         elif part.get("type") == "image":
-            images.append(next((part[name] for name in ("image", "url", "path") if part.get(name)), _IN_ROW))
+            named = (part[name] for name in ("image", "url", "path") if part.get(name) not in (None, ""))
+            images.append(next(named, _IN_ROW))
         else:
             detail = f"turn {number}: a part of type {part.get('type')!r}; text, image and image_url are understood"
             raise RowError("row_malformed", detail, own_id)

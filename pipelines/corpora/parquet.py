@@ -1,9 +1,10 @@
 """Parquet as the Hugging Face hub keeps datasets: a row's image is a struct `{bytes, path}`, its text a list of turns.
 
 Columns: `image` or `images` (structs, bytes or paths; a row may have one image), `conversations` (ShareGPT's or LLaVA's
-turns) or `messages` (chat messages), or where there are neither `question` and maybe `answer`, and `id`,
-`question_types` where there are such. Where the struct has no bytes, its path is one below the image root; a struct
-with neither is an image that got lost, no struct a row without one. The others are not read.
+turns) or `messages` (chat messages, whose typed content may hold the struct), or where there are neither `question` and
+maybe `answer`, and `id`, `question_types` where there are such. Where a struct has no bytes, its path is one below the
+image root; a struct with neither is an image that got lost, no struct a row without one. A row with a `video` or an
+`audio` is refused. The other columns are not read.
 
 A row can be had only by decoding its row group from the beginning. So a chunk costs least where row groups are not much
 larger than it: the hub's have 100 rows where there are images, 1000 otherwise.
@@ -29,7 +30,7 @@ _TEXTS: dict[str, Callable[[Any], Record]] = {
     "messages": messages.record,
     "question": questions.record,
 }
-_COLUMNS = ("id", "image", "images", *_TEXTS, "answer", "system", "question_types")
+_COLUMNS = ("id", *fields.MEDIA, *_TEXTS, "answer", "system", "question_types")
 _BATCH_ROWS = 32  # with their images
 
 
@@ -78,6 +79,9 @@ def _open(file: Any, path: str) -> pq.ParquetFile:
         # Buffered: columns of images are read page by page, not whole row groups at a time.
         table = pq.ParquetFile(file, buffer_size=2**20)
     names = set(table.schema_arrow.names)
+    twice = next((name for name in _COLUMNS if table.schema_arrow.names.count(name) > 1), None)
+    if twice is not None:
+        raise FileFormatError(f"{path}: has two columns {twice!r}, of which one would be lost; rename one")
     if not names & _TEXTS.keys() or names >= {"conversations", "messages"}:
         raise FileFormatError(
             f"{path}: has the columns {', '.join(sorted(names))}; one of conversations, messages and question must be "
@@ -103,11 +107,22 @@ def _content(batch: pa.RecordBatch, row: int) -> Record | RowError:
         for field in ("image", "images"):
             held = value.get(field)
             value[field] = [_image(each, own_id) for each in held] if isinstance(held, list) else _image(held, own_id)
+        for part in _image_parts(value.get("messages")):
+            part["image"] = _image(part.get("image"), own_id)
         return next(record for field, record in _TEXTS.items() if field in value)(value)
     except UnicodeDecodeError as error:
         return RowError("row_malformed", f"not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}")
     except RowError as error:
         return error
+
+
+def _image_parts(turns: Any) -> Iterator[dict[str, Any]]:
+    """The parts of typed content that are images, of whatever the row holds as chat messages."""
+    for turn in turns if isinstance(turns, list) else []:
+        content = turn.get("content") if isinstance(turn, dict) else None
+        for part in content if isinstance(content, list) else []:
+            if isinstance(part, dict) and part.get("type") == "image":
+                yield part
 
 
 def _image(value: Any, own_id: str) -> Any:

@@ -29,7 +29,7 @@ def record(row: Any) -> Record:
     """The record of a row as JSON holds it.
 
     Raises:
-        RowError: row_malformed, too_many_images, image_marker_mismatch.
+        RowError: row_malformed, media_not_supported, too_many_images, image_marker_mismatch.
     """
     own_id = fields.own_id(row)
     messages = []

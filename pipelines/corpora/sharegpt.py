@@ -35,7 +35,7 @@ def record(row: Any) -> Record:
     """The record of a row as JSON holds it.
 
     Raises:
-        RowError: row_malformed, too_many_images, image_marker_mismatch, image_marker_misplaced.
+        RowError: row_malformed, media_not_supported, too_many_images, image_marker_mismatch, image_marker_misplaced.
     """
     own_id = fields.own_id(row)
     image = fields.one_image(fields.images(row, own_id), own_id)

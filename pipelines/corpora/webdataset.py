@@ -21,7 +21,11 @@ from pipelines.corpora import fields, json_rows, messages, sharegpt, tars
 from pipelines.corpora.spans import Extent, Span
 from pipelines.records import Message, Record, Row, RowError
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif")
+IMAGE_SUFFIXES = (
+    *("jpg", "jpeg", "jfif", "png", "webp", "bmp", "tif", "tiff", "gif"),
+    *("avif", "heic", "heif", "jp2", "jxl", "svg"),  # which will be refused, and not be taken for rows without an image
+)
+_OTHER_MEDIA = ("mp4", "webm", "avi", "mov", "mkv", "mp3", "wav", "flac", "ogg", "m4a")
 _READ = (*IMAGE_SUFFIXES, "json", "txt")
 
 
@@ -61,19 +65,34 @@ def read(path: str, span: Span) -> Iterator[Row]:
 
 
 def _samples(members: Iterator[TarInfo]) -> Iterator[tuple[str, Iterator[TarInfo]]]:
-    """The name and the members of each sample; links to what would not be read are passed over."""
-    kept = (each for each in members if not tars.is_link(each) or _split(each.name)[1] in _READ)
+    """The name and the members of each sample; links to what would not be read are passed over.
+
+    So are files whose name begins with a dot or has none, as in WebDataset: macOS puts a ._0.jpg before each 0.jpg.
+    """
+    kept = (
+        each for each in members if _belongs(each.name) and (not tars.is_link(each) or _split(each.name)[1] in _READ)
+    )
     return groupby(kept, key=lambda member: _split(member.name)[0])
+
+
+def _belongs(name: str) -> bool:
+    return name.rpartition("/")[2].find(".") > 0
 
 
 def _record(name: str, files: list[tuple[str, bytes]], links: list[tuple[str, TarInfo]]) -> Record:
     held = dict(files)
+    twice = next((suffix for suffix in ("json", "txt") if [each for each, _ in files].count(suffix) > 1), None)
+    if twice:
+        raise RowError("row_malformed", f"has two files {twice}", name)
     row = json_rows.parse(held["json"]) if "json" in held else {}
     if isinstance(row, RowError):
         raise row
     own_id = fields.own_id(row) or name
     _check_links(links, own_id)
     images = [data for suffix, data in files if suffix in IMAGE_SUFFIXES]
+    media = next((suffix for suffix in held if suffix in _OTHER_MEDIA), None)
+    if media and not images:
+        raise RowError("media_not_supported", f"has {media} and no image; FlashSloth looks at an image", own_id)
     # What the row itself says of images are names that they had before they came into the tar.
     row = {field: value for field, value in row.items() if field != "image"} | {"id": own_id, "images": images}
     if "messages" in row:

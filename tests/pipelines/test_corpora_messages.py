@@ -56,6 +56,17 @@ def text(value: str = "How many dogs?") -> dict[str, str]:
         (asked({"type": "image"}, text(), images=["a/1.jpg"]), "a/1.jpg"),
         (asked({"type": "image"}, text(), images=[DATA_URI]), b"\x89PNG, bytes"),
         ({"id": "r", "messages": [{"role": "user", "content": "<image>\nHow many dogs?"}, ANSWER], "image": "a"}, "a"),
+        (
+            {
+                "id": "r",
+                "messages": [
+                    {"role": "user", "content": "<image>\nHow many dogs?"},
+                    {"role": "assistant", "content": [text("Two")]},
+                ],
+                "image": "a.jpg",
+            },
+            "a.jpg",
+        ),
     ],
 )
 def test_every_way_to_name_the_image(tmp_path: Path, row: Any, image: str | bytes | None) -> None:
@@ -81,6 +92,11 @@ def test_several_turns_and_a_system_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "reason", "detail"),
     [
+        (
+            {"messages": [{"role": "user", "content": "<image> Q"}, {"role": "assistant", "content": [text("A")]}]},
+            *("image_marker_mismatch", "1 image parts without an address for 0 image(s)"),
+        ),
+        (asked(text(), videos=["a.mp4"]), "media_not_supported", "the row has 'videos'"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "row_malformed", "from 'tool'; known: user, assistant"),
         ({"messages": [{"role": "user", "content": None}]}, "row_malformed", "'content' is text or a list of parts"),
         ({"messages": [{"role": "user", "content": ["x"]}]}, "row_malformed", "'content' is text or a list of parts"),

@@ -71,6 +71,35 @@ def test_chat_messages_with_typed_content(tmp_path: Path) -> None:
     assert (record.image, record.messages[1]["content"]) == (b"x", "A")
 
 
+def test_an_image_within_typed_content(tmp_path: Path) -> None:
+    part = pa.struct([("type", pa.string()), ("text", pa.string()), ("image", IMAGE)])
+    schema = pa.schema([("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.list_(part))])))])
+    images = [{"bytes": b"x", "path": None}, {"bytes": None, "path": "a.jpg"}, {"bytes": b"", "path": None}]
+    lost = {"bytes": None, "path": None}
+    text = {"type": "text", "text": "Q", "image": lost}  # as some tools write a part without one
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "A"}]}
+    rows = [
+        {"messages": [{"role": "user", "content": [{"type": "image", "image": image}, text]}, answer]}
+        for image in (*images, lost)
+    ]
+    *good, bad = read_rows("parquet", write(tmp_path, rows, schema=schema))
+    assert [each.image for each in records(good)] == [b"x", "a.jpg", b""]
+    assert error(bad).reason == "image_missing"
+
+
+def test_a_row_about_a_sound_is_no_row_of_text(tmp_path: Path) -> None:
+    rows = [{"question": "Q", "audio": {"bytes": b"RIFF", "path": None}}, {"question": "Q", "audio": None}]
+    bad, text = read_rows("parquet", write(tmp_path, rows))
+    assert (error(bad).reason, records([text])[0].image) == ("media_not_supported", None)
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    table = pa.Table.from_arrays([pa.array(["Q"]), pa.array(["A"]), pa.array(["B"])], ["question", "answer", "answer"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(FileFormatError, match=r"a\.parquet: has two columns 'answer'"):
+        read_rows("parquet", tmp_path / "a.parquet")
+
+
 def test_a_bad_row_between_good_ones(tmp_path: Path) -> None:
     good = {"id": "g", "image": {"bytes": b"x", "path": "a"}, "conversations": TURNS}
     bad = {"id": "b", "image": {"bytes": None, "path": None}, "conversations": TURNS}

@@ -44,13 +44,26 @@ def test_the_image_and_its_marker(tmp_path: Path) -> None:
     assert error(second).reason == "image_marker_mismatch"
 
 
+@pytest.mark.parametrize("field", ["video", "videos", "audio", "audios"])
+def test_a_row_about_a_video_or_a_sound_is_no_row_of_text(tmp_path: Path, field: str) -> None:
+    asked = {"id": "r", "conversations": turns(f"<{field}>Q", "A")}
+    held: list[Any] = ["a.mp4", ["a.mp4"], {"bytes": None, "path": "a.mp4"}]
+    rows = [asked | {field: value} for value in (*held, None, [], "", {"bytes": None, "path": None})]
+    read = read_rows("sharegpt", write(tmp_path, *rows))
+    refused = [error(row) for row in read[: len(held)]]
+    assert [(each.reason, each.id) for each in refused] == [("media_not_supported", "r")] * len(held)
+    assert refused[0].detail == f"the row has '{field}'; FlashSloth looks at an image"
+    assert all(each.image is None for each in records(read[len(held) :]))
+
+
 @pytest.mark.parametrize(
     ("change", "detail"),
     [
         ({"system": 5}, "'system' is text, this is a number"),
         ({"system": "\0"}, "NUL"),
         ({"conversations": [{"from": "tool", "value": "x"}]}, "from 'tool'"),
-        ({"conversations": [{"value": "x"}]}, "from None"),
+        ({"conversations": [{"value": "x"}]}, "turn 0 has no 'from'; it has: value"),
+        ({"conversations": [{"role": "user", "content": "x"}]}, "turn 0 has no 'from'; it has: role, content"),
         ({"conversations": "x"}, "a list of turns"),
     ],
 )

@@ -63,6 +63,11 @@ def test_captions_messages_and_text_alone(tmp_path: Path) -> None:
     assert (fourth.image, len(fourth.messages)) == (None, 2)
 
 
+def test_an_image_of_another_kind_is_no_row_of_text(tmp_path: Path) -> None:
+    files: dict[str, bytes | dict[str, Any]] = {"0.avif": b"x", "0.txt": b"t", "1.JFIF": b"y", "1.txt": b"t"}
+    assert [each.image for each in records(read_rows("webdataset", write(tmp_path / "0.tar", files)))] == [b"x", b"y"]
+
+
 @pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
 def test_a_name_that_is_no_utf_8_is_spelled_so_that_it_can_be_stored(tmp_path: Path, form: int) -> None:
     files = {
@@ -100,6 +105,15 @@ def test_folders_long_names_and_odd_dots(tmp_path: Path) -> None:
     assert records([second])[0].messages[1]["content"] == "t"
 
 
+def test_files_that_belong_to_no_sample_are_passed_over(tmp_path: Path) -> None:
+    sample = {"a/0.jpg": b"x", "a/0.json": {"conversations": TURNS}}
+    odd = {"README": b"hello", "a/._0.jpg": b"of macOS", "a/._0.json": b"of macOS", ".hidden/1.txt": b"t"}
+    names = ["README", "a/._0.jpg", "a/0.jpg", "a/._0.json", "a/0.json", ".hidden/1.txt"]
+    path = write(tmp_path / "0.tar", {name: (sample | odd)[name] for name in names})
+    first, second = records(read_rows("webdataset", path, 1))
+    assert (first.id, first.image, second.id, second.image) == ("a/0", b"x", ".hidden/1", None)
+
+
 @pytest.mark.parametrize(
     ("files", "reason", "detail"),
     [
@@ -111,6 +125,9 @@ def test_folders_long_names_and_odd_dots(tmp_path: Path) -> None:
         ({"0.jpg": b"x", "0.txt": b"\0"}, "row_malformed", "NUL"),
         ({"0.jpg": b"x", "0.png": b"x", "0.txt": b"t"}, "too_many_images", "2 images"),
         ({"0.json": {"conversations": TURNS}}, "image_marker_mismatch", "1 <image> for 0 image(s)"),
+        ({"0.jpg": b"x", "0.json": {"caption": "a"}, "0.JSON": b"{}"}, "row_malformed", "has two files json"),
+        ({"0.mp4": b"x", "0.txt": b"t"}, "media_not_supported", "has mp4 and no image"),
+        ({"0.jpg": b"x", "0.json": {"conversations": TURNS, "audio": "a"}}, "media_not_supported", "has 'audio'"),
     ],
 )
 def test_what_is_refused_harms_no_neighbour(tmp_path: Path, files: Any, reason: str, detail: str) -> None:
