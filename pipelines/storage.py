@@ -13,6 +13,7 @@ Every wait is bounded, transient faults are tried again with jitter, and what fa
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import io
 import os
@@ -176,7 +177,10 @@ def match(pattern: str) -> dict[str, str]:
     fixed = path[: min(path.find(sign) for sign in "*?" if sign in path)].rpartition("/")[0]
     prefix = "" if isinstance(file_system, LocalFileSystem) else pattern[: pattern.index("://") + 3]
     with naming(pattern):
-        found = file_system.glob(path.replace("[", "[[]"), detail=True)  # of glob's signs, * and ? alone are ours
+        try:
+            found = file_system.glob(path.replace("[", "[[]"), detail=True)  # of glob's signs, * and ? alone are ours
+        except ValueError as error:  # such as "Cannot traverse all of S3", where the bucket is a part of the pattern
+            raise StorageError(f"{pattern}: cannot be looked for ({error})") from error
     files = sorted(name for name, facts in found.items() if facts["type"] == "file")
     return {name.removeprefix(fixed).lstrip("/"): prefix + name for name in files}
 
@@ -198,18 +202,20 @@ def list_files(folder: str) -> dict[str, str]:
 def fingerprint(uri: str) -> str:
     """What changes when the object at `uri` changes: its size with its ETag, or with its time of modification.
 
-    Of a folder it is the number of objects in it, at any depth, with a hash over their names and fingerprints.
+    Raises:
+        IsADirectoryError: it is a folder, or a prefix; see `folder_fingerprint`.
+        OSError, StorageError: as `read_bytes`.
     """
     file_system, path = _afresh(uri)
     with naming(uri):
         facts = file_system.info(path)
     if facts["type"] == "directory":
-        return folder_fingerprint(list_files(uri))
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), uri)
     return _fingerprint(facts, uri)
 
 
 def folder_fingerprint(files: dict[str, str]) -> str:
-    """The fingerprint of the folder that `list_files` has found `files` in."""
+    """The fingerprint of the folder that `list_files` has found `files` in: their number, and a hash over all."""
     return f"{len(files)}-{sha256(repr(files).encode())}"
 
 

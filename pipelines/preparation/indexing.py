@@ -20,7 +20,7 @@ def plan_chunks(sources: Sequence[SourceTerms], files: Sequence[SourceFiles], ch
     """The chunks of all `sources`, in order; a task for every file that can be indexed by itself.
 
     Raises:
-        PlanError: a source holds no rows, or is a folder.
+        PlanError: a source holds no rows.
         FileFormatError: a file as a whole is not of its source's format.
         ClusterError: Ray itself failed.
     """

@@ -203,7 +203,6 @@ def index_files(numbers: range, sources: Sequence[SourceTerms], paths: Sequence[
     """The chunks of the files `numbers` of one source. A worker finds file number k at `paths[k]`.
 
     Raises:
-        PlanError: a file is a folder.
         FileFormatError: a file as a whole is not of the source's format.
     """
     chunks: list[Chunk] = []
@@ -237,11 +236,6 @@ def _naming(source: SourceTerms) -> Iterator[None]:
         yield
     except FileFormatError as error:
         raise FileFormatError(f"source '{source.name}': {error}") from error
-    except IsADirectoryError as error:
-        raise PlanError(
-            f"source '{source.name}': {source.path} is a folder; for all of its files write a pattern, such as "
-            f"{storage.join(source.path, '*.json')}"
-        ) from error
 
 
 def read_chunk(source: SourceTerms, path: str, chunk: Chunk) -> list[Row]:

@@ -47,7 +47,8 @@ def source_terms(sources: Sequence[SourceSettings]) -> list[SourceTerms]:
     """The files of `sources`, in order, each with its fingerprint.
 
     Raises:
-        PlanError: there is no such file, it may not be read, its name is not UTF-8, or two sources have it.
+        PlanError: there is no such file, it may not be read or is a folder, its name is not UTF-8, or two sources have
+            it.
     """
     named = [(source, *each) for source in sources for each in _files(source)]
     seen: dict[str, str] = {}
@@ -142,4 +143,9 @@ def _file_terms(named: tuple[SourceSettings, str, str]) -> SourceTerms:
         fingerprint = images.fingerprint(path) if source.format == "images" else storage.fingerprint(path)
     except (FileNotFoundError, PermissionError) as error:
         raise PlanError(f"source '{source.name}': {path} cannot be read ({type(error).__name__})") from error
+    except IsADirectoryError as error:
+        raise PlanError(
+            f"source '{source.name}': {path} is a folder; for all of its files write a pattern, such as "
+            f"{storage.join(path, '*.json')}"
+        ) from error
     return SourceTerms(**{**source.model_dump(), "name": name, "path": path}, fingerprint=fingerprint)

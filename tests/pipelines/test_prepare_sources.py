@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipelines import corpora, prepare
+from pipelines import corpora, prepare, storage
 from pipelines.annotation.plan import make_terms
 from pipelines.preparation import plan
 from pipelines.preparation.code import code_files, code_identity
@@ -190,6 +190,18 @@ def test_mistakes_in_a_source_are_named(tmp_path: Path) -> None:
         source_terms([SourceSettings(path=f"{tmp_path}/*.tar", name="mix")])
     with pytest.raises(PlanError, match=r"source 'a': .*a\.json cannot be read \(FileNotFoundError\)"):
         source_terms([SourceSettings(path=f"{tmp_path}/a.json")])
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("form", ["llava", "parquet", "webdataset"])
+def test_a_prefix_or_a_bucket_is_a_folder(s3_uri: str, form: str) -> None:
+    storage.write_bytes(f"{s3_uri}/data/a.jsonl", b"{}")
+    for path in (f"{s3_uri}/data", f"{s3_uri}/data/", s3_uri, f"{s3_uri}/"):
+        message = f"source 'mix': {path} is a folder; for all of its files write a pattern, such as {path.rstrip('/')}/"
+        with pytest.raises(PlanError, match=re.escape(message)):
+            source_terms([SourceSettings(path=path, name="mix", format=form)])
+    with pytest.raises(storage.StorageError, match=r"^s3://bucket\*/a\.jsonl: cannot be looked for \(Cannot traverse"):
+        source_terms([SourceSettings(path="s3://bucket*/a.jsonl", name="mix")])
 
 
 def test_a_file_whose_name_is_no_text_is_named(tmp_path: Path) -> None:

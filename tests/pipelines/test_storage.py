@@ -173,12 +173,15 @@ def test_a_folder_is_listed_at_any_depth_and_stamped_as_a_whole(place: str) -> N
     files = storage.list_files(root)
     assert list(files) == ["a.txt", "a/c.jpg", "b.jpg"]
     assert files["b.jpg"] == storage.fingerprint(storage.join(root, "b.jpg"))
-    before = storage.fingerprint(root)
-    assert before == storage.folder_fingerprint(files) == storage.fingerprint(root + "/")
+    before = storage.folder_fingerprint(files)
+    assert before == storage.folder_fingerprint(storage.list_files(root + "/"))
     storage.write_bytes(storage.join(root, "a", "c.jpg"), b"y")
-    changed = storage.fingerprint(root)
+    changed = storage.folder_fingerprint(storage.list_files(root))
     storage.write_bytes(storage.join(root, "a", "d.jpg"), b"x")
-    assert len({before, changed, storage.fingerprint(root)}) == 3
+    assert len({before, changed, storage.folder_fingerprint(storage.list_files(root))}) == 3
+    for folder in (root, root + "/", place):
+        with pytest.raises(IsADirectoryError, match=folder):
+            storage.fingerprint(folder)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         storage.list_files(storage.join(place, "nowhere"))
 
@@ -195,9 +198,9 @@ def test_any_other_file_system_of_fsspec_serves_as_well() -> None:
     assert ObjectFolder(root).read("b/c.jsonl") == (b"b/c.jsonl" * 1000, None)
     with storage.open_file(f"{root}/a.jsonl", block_bytes=100) as file:
         assert file.read() == b"a.jsonl" * 1000
-    before = storage.fingerprint(f"{root}/a.jsonl"), storage.fingerprint(root)
+    before = storage.fingerprint(f"{root}/a.jsonl"), storage.list_files(root)
     storage.write_bytes(f"{root}/a.jsonl", b"other")
-    after = storage.fingerprint(f"{root}/a.jsonl"), storage.fingerprint(root)
+    after = storage.fingerprint(f"{root}/a.jsonl"), storage.list_files(root)
     assert before[0] != after[0] and before[1] != after[1]
 
 
