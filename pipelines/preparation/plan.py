@@ -23,7 +23,14 @@ from pipelines import storage
 from pipelines.corpora import FORMATS, spans
 from pipelines.corpora.spans import Extent, Span
 from pipelines.preparation.image_pins import ImagePins, PinFacts
-from pipelines.preparation.sources import PlanError, SourceTerms, check_unchanged, is_taken, row_key
+from pipelines.preparation.sources import (
+    PlanError,
+    SourceTerms,
+    check_unchanged,
+    is_taken,
+    row_key,
+    source_differences,
+)
 from pipelines.records import FileFormatError, Row
 from pipelines.shards.manifest import Layout, Payload
 from pipelines.stored_models import load_model
@@ -36,6 +43,9 @@ _REMEDY = (
 )
 
 
+_DIFFERENCES = 20  # that an error tells: a source may have ten thousand files
+
+
 class SourcedTerms(BaseModel):
     """What decides the bytes of an output that is made of corpora."""
 
@@ -44,10 +54,11 @@ class SourcedTerms(BaseModel):
     sources: list[SourceTerms]
 
     def differences(self, other: SourcedTerms) -> list[str]:
-        """One line per field in which `other` differs."""
-        mine, theirs = (dict(_flatten(terms.model_dump())) for terms in (self, other))
+        """One line per field in which `other` differs; files of sources go by their names."""
+        mine, theirs = (dict(_flatten(terms.model_dump(exclude={"sources"}))) for terms in (self, other))
         fields = [field for field in {**mine, **theirs} if mine.get(field) != theirs.get(field)]
-        return [f"{field}: was {mine.get(field)!r}, now {theirs.get(field)!r}" for field in fields]
+        lines = [f"{field}: was {mine.get(field)!r}, now {theirs.get(field)!r}" for field in fields]
+        return [*source_differences(self.sources, other.sources), *lines]
 
 
 class Terms(SourcedTerms):
@@ -174,6 +185,8 @@ class Plan(CorpusPlan):
 def check_terms(output: str, planned: SourcedTerms, now: SourcedTerms) -> None:
     """Raise PlanError with every field in which `now` differs from what the folder `output` was planned with."""
     differences = planned.differences(now)
+    if len(differences) > _DIFFERENCES:
+        differences = [*differences[:_DIFFERENCES], f"and {len(differences) - _DIFFERENCES:,} more"]
     if differences:
         raise PlanError(
             f"{output}: this folder was begun with other terms: {'; '.join(differences)}. "

@@ -89,6 +89,25 @@ def check_unchanged(source: SourceTerms, path: str) -> None:
         )
 
 
+def source_differences(planned: Sequence[SourceTerms], now: Sequence[SourceTerms]) -> Iterator[str]:
+    """One line for every file that only one of both has, and per field in which a file differs."""
+    was, found = ({source.name: source for source in sources} for sources in (planned, now))
+    for name in {**was, **found}:
+        if name not in found:
+            yield f"source '{name}' ({was[name].path}): was there, now missing"
+        elif name not in was:
+            yield f"source '{name}' ({found[name].path}): was not there"
+        else:
+            before, after = was[name].model_dump(), found[name].model_dump()
+            yield from (
+                f"source '{name}' ({was[name].path}): {field}: was {before[field]!r}, now {after[field]!r}"
+                for field in before
+                if before[field] != after[field]
+            )
+    if was.keys() == found.keys() and list(was) != list(found):
+        yield "sources: now in another order"
+
+
 def row_key(source: str, position: int, repeat: int = 0) -> str:
     """The key of a row: its source and its place in it. The corpus's own id may repeat, this cannot.
 

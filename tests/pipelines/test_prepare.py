@@ -111,7 +111,7 @@ def test_second_run_does_nothing_and_other_terms_are_refused(
     with pytest.raises(PlanError, match=r"layout: was 'chat', now 'caption'; chunk_rows: was 5, now 2"):
         prepare(recipe(tmp_path, layout="caption", chunk_rows=2))
     path.write_text(path.read_text() + json.dumps(row(6)) + "\n")
-    with pytest.raises(PlanError, match=r"sources\.0\.fingerprint: was"):
+    with pytest.raises(PlanError, match=r"source 'corpus' \(\S+corpus\.jsonl\): fingerprint: was"):
         prepare(recipe(tmp_path))
 
 

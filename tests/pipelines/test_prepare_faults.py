@@ -193,8 +193,8 @@ def other_tokenizer(folder: Path, patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (other_corpus, r"terms: sources\.0\.fingerprint: was '\d+-\S+', now '\d+-\S+'\. Run"),
-        (other_image_root, r"terms: sources\.0\.image_root: was '\S+', now '\S+/images'\. Run"),
+        (other_corpus, r"terms: source 'corpus' \(\S+/corpus\.jsonl\): fingerprint: was '\d+-\S+', now '\S+'\. Run"),
+        (other_image_root, r"terms: source 'corpus' \(\S+\): image_root: was '\S+', now '\S+/images'\. Run"),
         (other_layout, r"terms: layout: was 'chat', now 'caption'\. Run"),
         (other_code, r"terms: code: was '\w{64}', now '\w{64}'\. Run"),
         (other_tower, r"terms: encoder_identity: was '\w{64}', now '\w{64}'\. Run"),

@@ -10,7 +10,7 @@ import pytest
 
 from pipelines import storage
 from pipelines.preparation.ledger import Ledger
-from pipelines.preparation.plan import Chunk, Plan, Terms, load_plan
+from pipelines.preparation.plan import Chunk, Plan, Terms, check_terms, load_plan
 from pipelines.preparation.receipt_book import PublishError
 from pipelines.preparation.sources import PlanError, SourceTerms
 from pipelines.shards import Manifest
@@ -117,8 +117,28 @@ def test_differing_terms_are_listed() -> None:
     mine, theirs = make_plan().terms, make_plan(layout="caption").terms
     changed = theirs.model_copy(update={"sources": [theirs.sources[0].model_copy(update={"fingerprint": "2-2"})]})
     differences = mine.differences(changed)
-    assert differences == ["sources.0.fingerprint: was '1-1', now '2-2'", "layout: was 'chat', now 'caption'"]
+    assert differences == [
+        f"source 'corpus' ({mine.sources[0].path}): fingerprint: was '1-1', now '2-2'",
+        "layout: was 'chat', now 'caption'",
+    ]
     assert mine.differences(mine) == []
+
+
+def test_a_file_that_came_or_went_is_one_difference() -> None:
+    terms = make_plan().terms
+    files = [terms.sources[0].model_copy(update={"name": f"mix/{n}", "path": f"{n}.jsonl"}) for n in range(50)]
+    planned = terms.model_copy(update={"sources": files})
+
+    def differences(sources: list[SourceTerms]) -> list[str]:
+        return planned.differences(terms.model_copy(update={"sources": sources}))
+
+    new = files[0].model_copy(update={"name": "mix/0a", "path": "0a.jsonl"})
+    assert differences([files[0], new, *files[1:]]) == ["source 'mix/0a' (0a.jsonl): was not there"]
+    assert differences(files[1:]) == ["source 'mix/0' (0.jsonl): was there, now missing"]
+    assert differences(files[::-1]) == ["sources: now in another order"]
+    others = terms.model_copy(update={"sources": [each.model_copy(update={"limit": 5}) for each in files]})
+    with pytest.raises(PlanError, match=r"\(19\.jsonl\): limit: was None, now 5; and 30 more\. Run it with the terms"):
+        check_terms("out", planned, others)
 
 
 def test_too_many_bad_rows_publish_nothing(tmp_path: Path) -> None:
