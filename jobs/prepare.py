@@ -69,7 +69,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     if arguments.key:
         shown = [inspector.row(arguments.key)]
     elif arguments.quarantined:
-        shown = inspector.quarantined()
+        shown = inspector.quarantined() if inspector.manifest.quarantined else ["no row is quarantined"]
     try:
         for number, text in enumerate(shown):
             print("\n" * (number > 0) + _CONTROL.sub(lambda found: repr(found[0])[1:-1], text), flush=True)

@@ -22,7 +22,7 @@ from fsspec import AbstractFileSystem
 
 from pipelines import storage
 from pipelines.preparation.image_pins import PIN_FOLDER
-from pipelines.preparation.plan import PLAN_NAME, load_plan
+from pipelines.preparation.plan import MISSING_PLAN, PLAN_NAME, load_plan
 from pipelines.shards.images import IMAGE_FOLDER, IMAGE_PATH, image_keys, image_name
 from pipelines.shards.manifest import MANIFEST_NAME, Manifest
 from pipelines.shards.receipts import RECEIPT_FOLDER, Receipt, load_receipts
@@ -62,9 +62,10 @@ def find_garbage(folder: str, older_than_hours: float | None = None) -> list[Gar
         CollectionError: nothing was prepared here, or it has not finished and no age is given.
         StoredModelError, ManifestError: a receipt, the plan or the manifest is damaged, so what it names is not known.
     """
-    if not storage.exists(storage.join(folder, PLAN_NAME)):
-        raise CollectionError(f"{folder}: no {PLAN_NAME} here, so nothing was prepared into it; nothing is removed")
     is_finished = storage.exists(storage.join(folder, MANIFEST_NAME))
+    if not storage.exists(storage.join(folder, PLAN_NAME)):
+        told = f"but a {MANIFEST_NAME}: {MISSING_PLAN}" if is_finished else "so nothing was prepared into it"
+        raise CollectionError(f"{folder}: no {PLAN_NAME} here, {told}; nothing is removed")
     if older_than_hours is None and not is_finished:
         raise CollectionError(
             f"{folder}: the preparation has not finished, and a shard without a receipt may be one that a worker has "

@@ -13,7 +13,7 @@ import yaml
 from flashsloth import FlashSlothProcessor
 from flashsloth.image_processing_flashsloth import WITH_GIF, decode_image
 from pipelines import storage
-from pipelines.preparation.plan import Plan, load_plan
+from pipelines.preparation.plan import MISSING_PLAN, PLAN_NAME, Plan, load_plan
 from pipelines.preparation.processor import load_processor
 from pipelines.preparation.settings import CONFIG_NAME, PrepareSettings
 from pipelines.preparation.sources import PlanError
@@ -52,12 +52,16 @@ class Inspector:
         """The row with this key, written or quarantined, as text.
 
         Raises:
-            InspectionError: the plan has no row with this key.
-            StoredModelError: the plan, or the row's receipt, is damaged.
+            InspectionError: the plan has no row with this key, or is missing.
+            StoredModelError: the plan, or the row's receipt, is damaged; or the receipt is missing.
         """
         plan = load_plan(self.folder)
-        number, position = _chunk_of(plan, key) if plan else (None, 0)
-        if plan is None or number is None:
+        if plan is None:
+            raise InspectionError(
+                f"{self.folder}: no {PLAN_NAME} here, which says where the row of a key lies: {MISSING_PLAN}"
+            )
+        number, position = _chunk_of(plan, key)
+        if number is None:
             raise InspectionError(f"{self.folder}: no row has the key {key!r}; a key is a source's name and a position")
         receipt = load_receipt(Receipt, storage.join(self.folder, receipt_name(number)))
         rejected = {row.key: row for row in receipt.quarantined}

@@ -27,13 +27,15 @@ def check_writable(output: str, settings: BaseModel) -> None:
     except FileNotFoundError as error:
         raise PlanError(f"output: {output}: there is no such bucket; create it, or choose another output") from error
     except OSError as error:
+        remedy = "" if isinstance(error, NotADirectoryError) else "open it to this user, or "
         raise PlanError(
-            f"output: {output}: nothing can be written there ({error.strerror}); open it to this user, or choose "
-            "another output"
+            f"output: {output}: nothing can be written there ({error.strerror}); {remedy}choose another output"
         ) from error
 
 
 def _check_folder(folder: Path) -> None:
     place = next(each for each in (folder, *folder.parents) if each.exists())
+    if not place.is_dir():
+        raise NotADirectoryError(None, f"{place} is a file")
     if not os.access(place, os.W_OK | os.X_OK):  # False for root too, on a disk that is mounted to be read
         raise PermissionError(None, f"{place} may not be written")

@@ -42,7 +42,8 @@ _REMEDY = (
     "before, makes the same plan of the same inputs and keeps what is done"
 )
 
-
+MISSING_PLAN = "restore it, or run the job again as before: it makes the same plan of the same inputs, no chunk anew"
+"""What helps where a finished dataset has lost its plan."""
 _DIFFERENCES = 20  # that an error tells: a source may have ten thousand files
 
 
@@ -141,7 +142,7 @@ class CorpusPlan(BaseModel):
         """
         try:
             return load_model(cls, storage.join(output, PLAN_NAME), "a plan of this job", _REMEDY)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
     def to_json(self) -> bytes:

@@ -9,9 +9,9 @@ import pyarrow as pa
 from pydantic import ValidationError
 
 from pipelines import storage
-from pipelines.preparation.data_receipt import RECEIPT_JSON, DataReceipt
+from pipelines.preparation.data_receipt import RECEIPT_JSON, RECEIPT_PAGE, DataReceipt
 from pipelines.preparation.ledger import manifest_of
-from pipelines.preparation.plan import PLAN_NAME, Plan, load_plan
+from pipelines.preparation.plan import MISSING_PLAN, PLAN_NAME, Plan, load_plan
 from pipelines.preparation.sources import PlanError
 from pipelines.shards.images import ImageObjectError, ImageStore, image_keys
 from pipelines.shards.integrity import ShardError, check, missing
@@ -20,6 +20,7 @@ from pipelines.shards.receipts import RECEIPT_FOLDER, Receipt, load_receipt, rec
 from pipelines.stored_models import StoredModelError
 
 _THREADS = 4
+_REMEDY = f"restore it, or remove {MANIFEST_NAME} and prepare again: it is then written anew"  # of a data receipt
 
 
 def verify(folder: str) -> list[str]:
@@ -83,7 +84,7 @@ def _plan_faults(folder: str, manifest: Manifest) -> Iterator[str]:
         yield str(error)
         return
     if plan is None or plan.identity() != manifest.plan:
-        found = plan.identity() if plan else "no such file"
+        found = plan.identity() if plan else f"no such file; {MISSING_PLAN}"
         yield f"{uri}: expected the plan with sha256 {manifest.plan}, found {found}"
         return
     try:
@@ -120,12 +121,14 @@ def _receipt_faults(folder: str, manifest: Manifest, plan: Plan) -> Iterator[str
 def _data_receipt_faults(folder: str, manifest: Manifest) -> Iterator[str]:
     """It is for people and holds times, but it names the manifest that it tells of."""
     uri = storage.join(folder, RECEIPT_JSON)
+    if not storage.exists(page := storage.join(folder, RECEIPT_PAGE)):
+        yield f"{page}: expected the data receipt as a page, found no such file; {_REMEDY}"
     try:
         receipt = DataReceipt.model_validate_json(storage.read_bytes(uri))
     except FileNotFoundError:
-        yield f"{uri}: expected the data receipt, found no such file"
+        yield f"{uri}: expected the data receipt, found no such file; {_REMEDY}"
     except ValidationError as error:
-        yield f"{uri}: not a data receipt: {error.errors()[0]['msg']}"
+        yield f"{uri}: not a data receipt: {error.errors()[0]['msg']}; {_REMEDY}"
     else:
         if (told := receipt.identities.get("manifest")) != manifest.identity():
             yield f"{uri}: tells of the manifest {told}; the one here is {manifest.identity()}"
@@ -134,7 +137,5 @@ def _data_receipt_faults(folder: str, manifest: Manifest) -> Iterator[str]:
 def _receipt(uri: str) -> Receipt | str:
     try:
         return load_receipt(Receipt, uri)
-    except FileNotFoundError:
-        return f"{uri}: expected the receipt of a chunk, found no such file"
     except StoredModelError as error:
         return str(error)

@@ -90,7 +90,7 @@ class Manifest(BaseModel):
         uri = storage.join(folder, MANIFEST_NAME)
         try:
             data = storage.read_bytes(uri)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise ManifestError(
                 f"{folder}: no {MANIFEST_NAME} here: this is no prepared dataset, or its preparation has not finished; "
                 "run jobs/prepare.py with its recipe to finish it"

@@ -16,11 +16,12 @@ from pydantic import BaseModel, ConfigDict
 
 from pipelines import storage
 from pipelines.shards.manifest import MANIFEST_NAME, ShardEntry
-from pipelines.stored_models import load_model, parse_model
+from pipelines.stored_models import StoredModelError, load_model, parse_model
 
 RECEIPT_FOLDER = "receipts"
 _WHAT = "a receipt"
-_REMEDY = f"remove it, and {MANIFEST_NAME} where there is one, and run the job again: its chunk alone is then done anew"
+_ANEW = f"{MANIFEST_NAME} where there is one, and run the job again: its chunk alone is then done anew"
+_REMEDY = f"remove it, and {_ANEW}"
 
 
 class AccountingError(RuntimeError):
@@ -121,10 +122,15 @@ def load_receipt(kind: type[ReceiptKind], uri: str) -> ReceiptKind:
     """The receipt at `uri`.
 
     Raises:
-        StoredModelError: it is damaged, or of another kind.
+        StoredModelError: it is missing, damaged, or of another kind.
         OSError, StorageError: as `storage.read_bytes`.
     """
-    return load_model(kind, uri, _WHAT, _REMEDY)
+    try:
+        return load_model(kind, uri, _WHAT, _REMEDY)
+    except FileNotFoundError as error:
+        raise StoredModelError(
+            f"{uri}: expected the receipt of a chunk, found no such file; restore it, or remove {_ANEW}"
+        ) from error
 
 
 def load_receipts(kind: type[ReceiptKind], folder: str) -> Iterator[ReceiptKind]:

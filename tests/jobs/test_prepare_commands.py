@@ -76,7 +76,7 @@ def test_verify_names_everything_that_changed(changeable: Path, capsys: pytest.C
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 3
     assert "quarantine.parquet: expected " in errors[0] and f" sha256 {before}, found " in errors[0]
-    assert f"{receipts[0]}: expected the receipt of a chunk, found no such file" in errors[1]
+    assert f"{receipts[0]}: expected the receipt of a chunk, found no such file; restore it, or remove m" in errors[1]
     assert f"{receipts[1]}: not a receipt" in errors[2]
 
 
@@ -135,6 +135,52 @@ def test_verify_finds_what_was_changed_in_manifest_and_data_receipt(
     receipt.write_text("rubbish")
     assert main(["verify", str(changeable)]) == 1
     assert f"{receipt}: not a data receipt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["receipt.json", "receipt.html", "plan.json", "receipts/00000000.json"])
+def test_what_verify_advises_for_a_file_that_got_lost_brings_it_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    write_corpus(tmp_path, 5)
+    write_processor(tmp_path)
+    expected = prepare_here(prepare_settings(tmp_path))
+    lost = tmp_path / "out" / name
+    lost.unlink()
+    assert main(["verify", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {lost}: expected ") and "found no such file; restore it, or " in error
+    if "remove manifest.json" in error:
+        (tmp_path / "out" / "manifest.json").unlink()
+    assert prepare_here(prepare_settings(tmp_path)) == expected
+    assert lost.exists()
+    assert main(["verify", str(tmp_path / "out")]) == 0
+
+
+def test_commands_that_need_a_file_that_got_lost_say_so(changeable: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (changeable / "receipts" / "00000000.json").unlink()
+    assert main(["inspect", str(changeable), "--key", "corpus:1"]) == 1
+    assert "00000000.json: expected the receipt of a chunk, found no such file; " in capsys.readouterr().err
+    (changeable / "plan.json").unlink()
+    for command in (["inspect", str(changeable), "--key", "corpus:1"], ["gc", str(changeable)]):
+        assert main(command) == 1
+        error = capsys.readouterr().err
+        assert f"error: {changeable}: no plan.json here, " in error
+        assert "run the job again as before: it makes the same plan" in error
+
+
+@pytest.mark.parametrize("command", ["verify", "inspect", "gc"])
+def test_a_file_is_no_dataset(finished: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
+    assert main([command, str(finished / "manifest.json")]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {finished}/manifest.json: no ")
+
+
+def test_inspect_says_where_nothing_is_quarantined(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_corpus(tmp_path, 1)
+    write_processor(tmp_path)
+    prepare_here(prepare_settings(tmp_path))
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "out"), "--quarantined"]) == 0
+    assert capsys.readouterr().out == "no row is quarantined\n"
 
 
 def test_inspect_shows_a_row_as_a_person_reads_it(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,6 +46,14 @@ def attempt(settings: PrepareSettings) -> None:
     check_writable(settings.output, settings)
 
 
+@pytest.mark.parametrize("below", ["", "/below"])
+def test_an_output_that_is_a_file_is_named(corpus: Path, below: str) -> None:
+    file = corpus / "corpus.jsonl"
+    message = rf"output: {file}{below}: nothing can be written there \({file} is a file\); choose another output"
+    with pytest.raises(PlanError, match=message):
+        prepare(prepare_settings(corpus, output=f"{file}{below}"))
+
+
 @pytest.mark.s3
 def test_a_bucket_that_does_not_exist_is_named_before_the_planning(corpus: Path, s3: S3, tiny_checkpoint: Path) -> None:
     (corpus / "model").symlink_to(tiny_checkpoint)
