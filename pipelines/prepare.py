@@ -95,7 +95,7 @@ def make_terms(settings: PrepareSettings, processor: FlashSlothProcessor) -> Ter
     Raises: as `source_terms`; PlanError: a source's pattern matches what is written, or the tower does not fit.
     """
     check_output(settings.sources, settings.output, _WRITTEN)
-    tower = encoder_facts(settings.encoder.path) if settings.encoder else None
+    tower = _tower(settings.encoder.path) if settings.encoder else None
     shape = _image_shape(settings, processor, tower)
     dtype = settings.encoder.dtype if settings.encoder else "uint8" if settings.payload == "pixels" else None
     return Terms(
@@ -115,6 +115,14 @@ def make_terms(settings: PrepareSettings, processor: FlashSlothProcessor) -> Ter
         code=code_identity(),
         libraries=library_versions(tower is not None),
     )
+
+
+def _tower(path: str) -> EncoderFacts:
+    try:
+        return encoder_facts(path)
+    except (OSError, ValueError) as error:
+        fault = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise PlanError(f"encoder: {path} holds no tower to load: {fault}") from error
 
 
 def _image_shape(

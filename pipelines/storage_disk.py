@@ -13,6 +13,7 @@ import numpy as np
 # every shard would be written to memory that nobody has used before: on a virtual machine, ten times the cost of
 # writing it. Where the data begins at a page and the file system can, it goes past the page cache from the start.
 _UNCACHED = 2**20
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)  # what exFAT, shares and drives in the cloud say
 _PAGE = 4096  # bytes; a multiple of every disk's block
 
 
@@ -22,12 +23,20 @@ def replace_file(path: Path, data: bytes | memoryview) -> None:
 
 
 def create_file(path: Path, data: bytes) -> bool:
-    """Write the file `path` unless there is one; whether it was written. Raises: as `replace_file`."""
+    """Write the file `path` unless there is one; whether it was written.
+
+    Raises OSError: as `replace_file`; or the file system has no hard links.
+    """
     temporary = _write_beside(path, data)
     try:
         os.link(temporary, path)  # fails where the name exists, so the whole file appears at once and only once
     except FileExistsError:
         return False
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        remedy = "this file system has no hard links, by which a file is written only where none is; use another disk"
+        raise OSError(errno.EOPNOTSUPP, remedy, str(path)) from error
     finally:
         temporary.unlink()
     return True

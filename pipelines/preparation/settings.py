@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import PurePosixPath
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import AliasChoices, Field, field_validator, model_validator
+from pydantic import AfterValidator, AliasChoices, Field, field_validator, model_validator
 
 from pipelines.corpora import FORMATS
 from pipelines.settings import JobSettings, Section
@@ -16,6 +17,10 @@ from pipelines.worker_pool import PoolSettings
 
 CONFIG_NAME = "config.yaml"
 """The resolved settings, stored beside what they produced."""
+
+
+# As fsspec does with the paths of corpora: the model's libraries would take ~/model for a name on the hub.
+ModelPath = Annotated[str, AfterValidator(os.path.expanduser)]
 
 
 class SourceSettings(Section):
@@ -74,7 +79,7 @@ def check_listed_once(sources: Sequence[SourceSettings]) -> None:
 class EncoderSettings(PoolSettings):
     """The frozen vision tower, for payload `features`."""
 
-    path: str
+    path: ModelPath
     """A FlashSloth checkpoint or a SigLIP: a folder or a hub id."""
     batch_size: int = Field(default=32, gt=0)
     """Tiles in one forward pass, to begin with: where the memory does not suffice, a copy halves it for itself."""
@@ -92,9 +97,9 @@ class PrepareSettings(JobSettings):
     """The corpora, in the order of the dataset."""
     output: str = Field(min_length=1)
     """Folder or URI to write the dataset into."""
-    processor: str | None = None
+    processor: ModelPath | None = None
     """Folder with a saved FlashSlothProcessor: a processor alone or a whole checkpoint. This, or `tokenizer`."""
-    tokenizer: str | None = None
+    tokenizer: ModelPath | None = None
     """Phi-2's tokenizer, a folder or microsoft/phi-2: makes the processor of the published model."""
     tiling: Literal["base", "hd"] | None = None
     """With `tokenizer`: one tile of an image (base, the default) or five (hd). A saved processor has its own."""

@@ -9,6 +9,7 @@ import pytest
 from pipelines.preparation.processor import load_processor
 from pipelines.preparation.settings import PrepareSettings
 from pipelines.preparation.sources import PlanError
+from pipelines.prepare import make_terms
 from tests.fixtures.tiny import build_processor, train_tokenizer
 
 BASE = {"sources": [{"path": "corpus.json"}], "output": "out"}
@@ -26,6 +27,25 @@ def test_published_processor_around_a_tokenizer(tmp_path: Path, tiling: str | No
     processor = load_processor(PrepareSettings(**BASE, tokenizer=str(tmp_path), tiling=tiling))
     assert processor.num_image_tokens == num_tokens
     assert (processor.image_processor.tiling, processor.image_processor.size) == (tiling or "base", 384)
+
+
+def test_a_path_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    build_processor().save_pretrained(tmp_path / "saved")
+    settings = PrepareSettings(**BASE, processor="~/saved", payload="features", encoder={"path": "~/model"})
+    assert load_processor(settings).identity() == build_processor().identity()
+    assert settings.encoder and settings.encoder.path == f"{tmp_path}/model"
+    assert PrepareSettings(**BASE, tokenizer="~/saved").tokenizer == f"{tmp_path}/saved"
+    assert PrepareSettings(**BASE, tokenizer="microsoft/phi-2").tokenizer == "microsoft/phi-2"
+
+
+def test_folder_without_a_tower_is_named(tmp_path: Path) -> None:
+    build_processor().save_pretrained(tmp_path)
+    encoder = {"path": str(tmp_path)}
+    settings = PrepareSettings(**BASE, processor=str(tmp_path), payload="features", encoder=encoder)
+    with pytest.raises(PlanError, match=f"^encoder: {tmp_path} holds no tower to load: ") as raised:
+        make_terms(settings, load_processor(settings))
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("field", ["processor", "tokenizer"])

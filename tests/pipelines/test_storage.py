@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -83,6 +86,18 @@ def test_read_many_keeps_the_order(place: str) -> None:
     assert storage.read_many(uris) == [uri.encode() for uri in uris]
     assert storage.read_many(uris[:1]) == [uris[0].encode()]
     assert storage.read_many([]) == []
+
+
+@pytest.mark.parametrize("fault", [errno.EPERM, errno.EOPNOTSUPP])
+def test_a_disk_without_hard_links_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: int) -> None:
+    def refuse(*_: Any) -> NoReturn:
+        raise OSError(fault, os.strerror(fault))
+
+    monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(OSError, match=rf"no hard links.* use another disk: '{tmp_path}/a'") as raised:
+        storage.put_if_absent(f"{tmp_path}/a", b"first")
+    assert not isinstance(raised.value, PermissionError)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_fingerprint_changes_with_the_object(place: str) -> None:
