@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from pipelines.storage_disk import create_file, replace_file
+from pipelines.storage_disk import create_file, files_below, match_files, replace_file
 from pipelines.storage_faults import StorageError, naming, pause, s3_error, whole_body
 
 _THREADS = 16  # an object store answers in tens of milliseconds
@@ -175,14 +175,16 @@ def match(pattern: str) -> dict[str, str]:
     """The objects that `pattern` matches: their names below its fixed part -> their URIs, in the order of names."""
     file_system, path = _afresh(pattern)
     fixed = path[: min(path.find(sign) for sign in "*?" if sign in path)].rpartition("/")[0]
-    prefix = "" if isinstance(file_system, LocalFileSystem) else pattern[: pattern.index("://") + 3]
     with naming(pattern):
+        if isinstance(file_system, LocalFileSystem):
+            return {name.removeprefix(fixed).lstrip("/"): name for name in sorted(match_files(path))}
         try:
             found = file_system.glob(path.replace("[", "[[]"), detail=True)  # of glob's signs, * and ? alone are ours
         except ValueError as error:  # such as "Cannot traverse all of S3", where the bucket is a part of the pattern
             raise StorageError(f"{pattern}: cannot be looked for ({error})") from error
     files = sorted(name for name, facts in found.items() if facts["type"] == "file")
-    return {name.removeprefix(fixed).lstrip("/"): prefix + name for name in files}
+    protocol = pattern[: pattern.index("://") + 3]
+    return {name.removeprefix(fixed).lstrip("/"): protocol + name for name in files}
 
 
 def list_files(folder: str) -> dict[str, str]:
@@ -192,7 +194,10 @@ def list_files(folder: str) -> dict[str, str]:
     """
     file_system, path = _afresh(folder)
     with naming(folder):
-        found = file_system.find(path, detail=True)
+        if isinstance(file_system, LocalFileSystem):
+            found = {name: {"size": facts.st_size, "mtime": facts.st_mtime} for name, facts in files_below(path)}
+        else:
+            found = file_system.find(path, detail=True)
         if not found and not file_system.exists(path):
             raise FileNotFoundError(folder)
     root = path.rstrip("/") + "/"

@@ -1,13 +1,17 @@
-"""Files of a local disk, written whole or not at all: beside their place, then moved there."""
+"""Files of a local disk: found, and written whole or not at all, beside their place and then moved there."""
 
 from __future__ import annotations
 
 import errno
+import glob
 import os
+import stat
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from fsspec.implementations.local import LocalFileSystem
 
 # A local file this large is no part of the page cache once it is on the disk. What reads it comes much later, and else
 # every shard would be written to memory that nobody has used before: on a virtual machine, ten times the cost of
@@ -40,6 +44,39 @@ def create_file(path: Path, data: bytes) -> bool:
     finally:
         temporary.unlink()
     return True
+
+
+def match_files(pattern: str) -> list[str]:
+    """The files that `pattern` matches, as a shell has it: * and ? follow links, ** does not.
+
+    Links are files too where they lead to one, as all do in the cache of the Hugging Face hub; and where they lead
+    nowhere, so that whoever reads them says so.
+    """
+    signs = pattern.replace("[", "[[]")  # of glob's signs, * and ? alone are ours
+    found = LocalFileSystem().glob(signs) if "**" in pattern else glob.glob(signs, include_hidden=True)
+    return [name for name in found if os.path.isfile(name) or not os.path.exists(name)]
+
+
+def files_below(folder: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[tuple[str, os.stat_result]]:
+    """Paths of the files at any depth below `folder` with their facts, those that links lead to among them.
+
+    Args:
+        folder: where to look.
+        above: device and inode of the folders that hold it: a link to one of them is passed over.
+    """
+    own = os.stat(folder)
+    if (own.st_dev, own.st_ino) in above:
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            try:
+                facts = entry.stat()
+            except OSError:  # of a link that leads nowhere: what reads it will say so
+                facts = entry.stat(follow_symlinks=False)
+            if stat.S_ISDIR(facts.st_mode):
+                yield from files_below(entry.path, above | {(own.st_dev, own.st_ino)})
+            else:
+                yield entry.path, facts
 
 
 def _write_beside(path: Path, data: bytes | memoryview) -> Path:

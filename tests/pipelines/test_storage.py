@@ -201,6 +201,36 @@ def test_a_folder_is_listed_at_any_depth_and_stamped_as_a_whole(place: str) -> N
         storage.list_files(storage.join(place, "nowhere"))
 
 
+@pytest.fixture
+def linked(tmp_path: Path) -> Path:
+    """A file, a link to one, one to a folder of two, one to the whole and one to nowhere."""
+    (tmp_path / "blobs" / "more").mkdir(parents=True)
+    (tmp_path / "data" / "own").mkdir(parents=True)
+    for name in ("data/own/a.jpg", "blobs/b", "blobs/more/c.jpg", "blobs/more/.d.jpg"):
+        (tmp_path / name).write_text(name)
+    for name, target in (("b.jpg", "../blobs/b"), ("more", "../blobs/more"), ("loop", "."), ("gone.jpg", "nowhere")):
+        (tmp_path / "data" / name).symlink_to(target)
+    return tmp_path / "data"
+
+
+def test_a_pattern_matches_links_to_files_too(linked: Path) -> None:
+    assert list(storage.match(f"{linked}/*.jpg")) == ["b.jpg", "gone.jpg"]
+    assert list(storage.match(f"{linked}/*/*.jpg")) == [
+        *("loop/b.jpg", "loop/gone.jpg", "more/.d.jpg", "more/c.jpg", "own/a.jpg"),
+    ]
+    assert list(storage.match(f"{linked}/**")) == ["b.jpg", "gone.jpg", "own/a.jpg"]
+    assert storage.read_bytes(storage.match(f"{linked}/b*")["b.jpg"]) == b"blobs/b"
+
+
+def test_a_folder_holds_what_its_links_lead_to(linked: Path) -> None:
+    files = storage.list_files(str(linked))
+    assert list(files) == ["b.jpg", "gone.jpg", "more/.d.jpg", "more/c.jpg", "own/a.jpg"]
+    assert files["b.jpg"] == storage.fingerprint(f"{linked}/b.jpg")
+    (linked.parent / "blobs" / "b").write_text("blobs/a")  # as many bytes
+    os.utime(linked.parent / "blobs" / "b", (1, 1))
+    assert storage.list_files(str(linked))["b.jpg"] != files["b.jpg"]
+
+
 def test_any_other_file_system_of_fsspec_serves_as_well() -> None:
     """The way that gs:// and hf:// take, which cannot be reached from here: nothing but fsspec's own interface."""
     root = "memory://bucket/data"
