@@ -45,7 +45,7 @@ class ImageError(ValueError):
     Attributes:
         reason: one of image_empty, image_format_not_allowed, image_too_large, image_bad_size, image_truncated,
             image_undecodable, and for documents that only bear an image's name image_is_html, image_is_xml,
-            image_is_svg, image_is_pdf, image_is_eps; stable, meant for counting.
+            image_is_svg, image_is_pdf, image_is_eps, image_is_lfs_pointer; stable, meant for counting.
         detail: what was found, for a person.
     """
 
@@ -117,7 +117,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return image
     if image.mode.startswith("I;16"):
         samples = np.asarray(image).astype(np.uint32)
-        return Image.fromarray(((samples + 128) // 257).astype(np.uint8)).convert("RGB")  # 65535 / 255 = 257
+        grey = ((samples + 128) // 257).astype(np.uint8)  # 65535 / 255 = 257
+        grey[samples == image.info.get("transparency", -1)] = GREY[0]
+        return Image.fromarray(grey).convert("RGB")
     if image.mode in ("I", "F"):
         raise ImageError(
             "image_undecodable", f"32-bit samples (mode {image.mode}) have no defined range; save as 8 or 16 bit"
@@ -244,6 +246,9 @@ def _open_header(data: bytes, formats: Sequence[str]) -> Image.Image:
         raise ImageError("image_too_large", str(error)) from error
     except UnidentifiedImageError as error:
         document = _document_kind(data)
+        if document == "lfs_pointer":
+            detail = "a pointer of Git LFS, not the image: git lfs pull fetches it"
+            raise ImageError("image_is_lfs_pointer", detail) from error
         if document:
             detail = f"{len(data)} bytes of {document.upper()}; accepted: {', '.join(formats)}"
             raise ImageError(f"image_is_{document}", detail) from error
@@ -272,6 +277,8 @@ def _document_kind(data: bytes) -> str | None:
     head = data[:1024].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if head.startswith((b"%!ps", b"\xc5\xd0\xd3\xc6")):
         return "eps"
+    if head.startswith(b"version https://git-lfs"):
+        return "lfs_pointer"
     if head.startswith(b"%pdf-"):
         return "pdf"
     if head.startswith((b"<?xml", b"<svg", b"<!--", b"<!doctype", b"<html", b"<head", b"<body")):

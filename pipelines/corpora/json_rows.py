@@ -119,6 +119,8 @@ def _check_encoding(path: str, head: bytes) -> None:
     packer = next((name for signature, name in _COMPRESSED.items() if head.startswith(signature)), None)
     if packer:
         raise FileFormatError(f"{path}: is compressed ({packer}), so no worker can begin in its middle; unpack it")
+    if head.startswith(b"version https://git-lfs"):
+        raise FileFormatError(f"{path}: is a pointer of Git LFS, not the corpus: git lfs pull fetches it")
     if head.startswith(_WIDE_BOMS):
         raise FileFormatError(f"{path}: is UTF-16 or UTF-32, by its first bytes; write it as UTF-8 (by iconv -t UTF-8)")
 

@@ -139,6 +139,20 @@ def test_a_document_that_bears_an_images_name_is_told_by_its_kind(kind, data):
         decode_image(data)
 
 
+def test_a_pointer_of_git_lfs_says_how_to_fetch_the_image():
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12345\n"
+    with pytest.raises(ImageError, match=r"^image_is_lfs_pointer: a pointer of Git LFS, not the image: git lfs pull"):
+        decode_image(pointer)
+
+
+def test_the_transparent_grey_of_16_bits_shows_grey():
+    samples = np.array([[0, 7, 65535, 258]] * 4, np.uint16)
+    picture = Image.fromarray(samples)
+    opaque, open_at_7 = (decode_image(encoded(picture, "PNG", **each)) for each in ({}, {"transparency": 7}))
+    assert [opaque.getpixel((x, 0)) for x in range(4)] == [(0,) * 3, (0,) * 3, (255,) * 3, (1,) * 3]
+    assert [open_at_7.getpixel((x, 0)) for x in range(4)] == [(0,) * 3, (127,) * 3, (255,) * 3, (1,) * 3]
+
+
 def test_no_bytes():
     assert reason(b"") == "image_empty"
 

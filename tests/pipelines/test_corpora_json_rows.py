@@ -264,6 +264,7 @@ def test_file_that_is_no_array_is_refused(tmp_path: Path, content: str, message:
         ("a.jsonl", bz2.compress(b'{"id": 1}\n'), r"is compressed \(bzip2\)"),
         ("a.jsonl.xz", lzma.compress(b'{"id": 1}\n'), r"is compressed \(xz\)"),
         ("a.jsonl.zst", b"\x28\xb5\x2f\xfd...", r"is compressed \(zstd\)"),
+        ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n", "pointer of Git LFS.*pull"),
         ("a.jsonl", '{"id": 1}\n'.encode("utf-16"), "is UTF-16 or UTF-32.*as UTF-8"),
         ("a.json", '[{"id": 1}]'.encode("utf-16"), "is UTF-16 or UTF-32"),
         ("a.jsonl", b"\n[\n" + b' {"id": 1},\n {"id": 2}\n]\n', r"one array of rows \.json"),
