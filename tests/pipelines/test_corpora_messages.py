@@ -73,6 +73,12 @@ def test_every_way_to_name_the_image(tmp_path: Path, row: Any, image: str | byte
     assert only(tmp_path, row) == Record(messages=ASKED, id="r", image=image)  # type: ignore[arg-type]
 
 
+def test_weights_that_change_nothing_are_taken(tmp_path: Path) -> None:
+    question, unweighed = ASKED[0], {"weight": 0}
+    turns = [question | unweighed, ANSWER | {"weight": 1, "tool_calls": None}, question | {"tool_calls": []}, ANSWER]
+    assert only(tmp_path, {"messages": turns}).messages == [*ASKED, *ASKED]
+
+
 def test_texts_of_a_message_are_joined_and_spell_the_marker_freely(tmp_path: Path) -> None:
     found = only(tmp_path, asked(text("Look:"), {"type": "image", "image": "a.jpg"}, text("what does <image> mean?")))
     assert found.messages[0]["content"] == "Look:\nwhat does <image> mean?"
@@ -96,6 +102,8 @@ def test_several_turns_and_a_system_text(tmp_path: Path) -> None:
             {"messages": [{"role": "user", "content": "<image> Q"}, {"role": "assistant", "content": [text("A")]}]},
             *("image_marker_mismatch", "1 image parts without an address for 0 image(s)"),
         ),
+        ({"messages": [ASKED[0], ANSWER | {"weight": 0}]}, "row_malformed", "turn 1 has weight 0, but every answer"),
+        ({"messages": [ASKED[0], ANSWER | {"tool_calls": [{"id": "1"}]}]}, "row_malformed", "turn 1 has tool_calls"),
         (asked(text(), videos=["a.mp4"]), "media_not_supported", "the row has 'videos'"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "row_malformed", "from 'tool'; known: user, assistant"),
         ({"messages": [{"role": "user", "content": None}]}, "row_malformed", "'content' is text or a list of parts"),
