@@ -97,7 +97,7 @@ class ContinuousBatch:
         """Let a prompt wait for a slot.
 
         Raises:
-            ValueError: the prompt does not fit together, or into any slot.
+            TypeError, ValueError: it is no prompt, or one that does not fit together, or into any slot.
             EngineFull: `max_waiting` requests wait for a slot.
         """
         self.check(prompt)
@@ -111,7 +111,7 @@ class ContinuousBatch:
         return ticket
 
     def check(self, prompt: Prompt) -> None:
-        """Raise `ValueError` for a prompt that could never be answered."""
+        """Raise as `check_prompt` for a prompt that could never be answered."""
         check_prompt(prompt, self.config, self.slots.length)
 
     @torch.inference_mode()

@@ -100,6 +100,7 @@ class Engine:
         """Hand in a prompt without waiting; the answer comes through the ticket.
 
         Raises:
+            TypeError: it is no `Prompt`.
             ValueError: the prompt can never be answered: its parts do not match, or it fits into no slot.
             EngineFull: as many requests wait as may wait.
             RuntimeError: the engine is closed.
@@ -115,8 +116,9 @@ class Engine:
 
         Raises:
             As `submit`, where a prompt is given.
+            RuntimeError: somebody listens to the ticket already.
         """
-        ticket = self.submit(request) if isinstance(request, Prompt) else request
+        ticket = request if isinstance(request, Ticket) else self.submit(request)
         chunks: queue.SimpleQueue[Chunk] = queue.SimpleQueue()
         ticket.set_listener(chunks.put)
         stream = _until_the_last(ticket, chunks)
@@ -127,7 +129,7 @@ class Engine:
         """Answer all prompts, in their order; however many there are, they wait for their place in the queue.
 
         Raises:
-            ValueError: one of the prompts can never be answered; none is then begun.
+            TypeError, ValueError: one of the prompts is none, or can never be answered; none is then begun.
             Exception: what made one of the requests fail, once all have ended.
         """
         for prompt in prompts:

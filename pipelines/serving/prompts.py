@@ -59,9 +59,14 @@ class Encoder:
 
         Raises:
             ConversationError: it ends otherwise, cannot be laid out, or is longer than `max_length` tokens.
+            TypeError: `messages` is no list, or `image` no PIL image.
         """
-        if messages and messages[-1]["role"] != "user":
-            raise ConversationError("role_order", f"the last message is the {messages[-1]['role']}'s, not a question")
+        if isinstance(messages, str | Mapping):
+            raise TypeError('messages is a list of turns, such as [{"role": "user", "content": "What is it?"}]')
+        if image is not None and not isinstance(image, Image.Image):
+            raise TypeError(f"image is a {type(image).__name__}; give a PIL image, such as Image.open(path)")
+        if messages and messages[-1].get("role") == "assistant":
+            raise ConversationError("role_order", "the last message is the assistant's, not a question")
         with self._tokenizing:
             sample = self.processor.encode(messages, has_image=image is not None, max_length=max_length)
         pixels = None if image is None else self.processor.image_processor.to_uint8(image)
@@ -72,9 +77,12 @@ def check_prompt(prompt: Prompt, config: FlashSlothConfig, max_length: int) -> N
     """Check one prompt by itself. The model checks a batch: there, one's missing image could be another's spare one.
 
     Raises:
+        TypeError: it is no prompt.
         ValueError: it is empty, its parts do not match in number, or with its answer it is longer than `max_length`; of
             an answer that shrinks, with its first token.
     """
+    if not isinstance(prompt, Prompt):
+        raise TypeError(f"a request is a Prompt, not a {type(prompt).__name__}: Encoder(processor).prompt makes one")
     length, longest = len(prompt.input_ids), prompt.sampling.max_tokens
     if not length or length != len(prompt.question_ids):
         raise ValueError(

@@ -38,8 +38,13 @@ class Ticket:
 
         Later ones come from the engine's thread, which waits for it: it must only pass the chunk on. A listener that
         raises is not called again, and the request is cancelled.
+
+        Raises:
+            RuntimeError: the request has had a listener, which alone knows what came; another one could wait for ever.
         """
         with self._lock:
+            if self._listener is not None:
+                raise RuntimeError("somebody listens to this request, or has listened: submit its prompt once more")
             self._listener = listener
             early, self._early = self._early, []
             for chunk in early:

@@ -175,6 +175,33 @@ def test_a_conversation_must_end_with_a_question(engine: Engine) -> None:
         Encoder(engine.processor).prompt(messages)
 
 
+def test_what_is_no_conversation_or_no_picture_is_told_what_is(engine: Engine) -> None:
+    encoder: Any = Encoder(engine.processor)
+    for messages in ("What is it?", conversation("What is it?")[0]):
+        with pytest.raises(TypeError, match="messages is a list of turns"):
+            encoder.prompt(messages)
+    with pytest.raises(ConversationError, match="message 0 needs a role and a content"):
+        encoder.prompt([{"content": "What is it?"}])
+    for image in ("picture.png", b"bytes", [picture(0)]):
+        with pytest.raises(TypeError, match=f"image is a {type(image).__name__}; give a PIL image"):
+            encoder.prompt(conversation("What is it?"), image)
+
+
+def test_what_is_no_prompt_is_told_how_to_make_one(engine: Engine) -> None:
+    request: Any = {"messages": conversation("What is it?")}
+    for misuse in (lambda: engine.stream(request), lambda: engine.submit(request), lambda: engine.generate([request])):
+        with pytest.raises(TypeError, match="a request is a Prompt, not a dict: Encoder"):
+            misuse()
+
+
+def test_a_request_is_listened_to_once(engine: Engine) -> None:
+    """A second listener would wait for ever for what the first one has got."""
+    ticket = engine.submit(mixed_prompts(engine.processor)[0])
+    assert list(engine.stream(ticket))[-1].finish_reason == "length"
+    with pytest.raises(RuntimeError, match="submit its prompt once more"):
+        engine.stream(ticket)
+
+
 def test_the_example_runs(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str], engine: Engine) -> None:
     example = re.search(r"\n\n((?:    .*\n)+)\n", inspect.getdoc(pipelines.serving.engine) or "")
     assert example is not None
