@@ -165,7 +165,7 @@ def _check_turns(messages: Sequence[Message]) -> None:
         expected = ("user", "assistant")[index % 2]
         if message["role"] != expected:
             remedy = ""
-            if message["role"] == "system":
+            if message["role"] in ("system", "developer"):
                 remedy = (
                     "; the system text is the processor's (its `system` argument), which the model was trained with, "
                     "not the conversation's: say it in the first question"

@@ -16,6 +16,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
 from pipelines.serving.completions import Completion
 from pipelines.serving.errors import ApiError, unknown_model
@@ -30,7 +31,8 @@ STREAM_HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
 
 def build_http(service: Service) -> FastAPI:
     """The FastAPI application over `service`."""
-    http = FastAPI(title="FlashSloth", docs_url=None, redoc_url=None, openapi_url=None)
+    # No redirects to a path without its last slash: they would name the scheme that a proxy speaks with us, plain HTTP.
+    http = FastAPI(title="FlashSloth", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     created = int(time.time())
     page = PAGE.read_text(encoding="utf-8")
     page_headers = _page_headers(page)
@@ -51,7 +53,11 @@ def build_http(service: Service) -> FastAPI:
         return await answer_error(request, ApiError(500, "internal error", "internal_error"))  # Serve logs what it was
 
     async def chat(request: Request) -> Response:
-        visit = service.enter(_client_of(request, service))
+        try:
+            visit = service.enter(_client_of(request, service))
+        except ApiError as error:
+            service.metrics.turned_away(error.status)
+            raise
         async with visit.closed_on_error():
             question = await service.read(await _read_body(request, service.limits))
             # Serve's proxy gives every request an id, the client's own where it sent one, and returns it as a header.
@@ -115,8 +121,24 @@ async def _stream(service: Service, visit: Visit, question: Question, completion
         await replies.aclose()  # type: ignore[attr-defined]  # a generator, which ends the request with it
         raise
     visit.first_token(first)
-    events = _events(service, visit, question, completion, first, replies)
-    return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS)
+    return _EventStream(_events(service, visit, question, completion, first, replies), visit, replies)
+
+
+class _EventStream(StreamingResponse):
+    """Sends events. Lets go of the request behind them however it ends: who leaves early lets none of them begin."""
+
+    def __init__(self, events: AsyncIterator[bytes], visit: Visit, replies: AsyncIterator[Reply]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers=STREAM_HEADERS)
+        self._visit = visit
+        self._replies = replies
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See `Response`."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._visit.close(CLIENT_GONE)  # without effect on one that was closed by its last event
+            await self._replies.aclose()  # type: ignore[attr-defined]
 
 
 async def _events(
@@ -141,9 +163,6 @@ async def _events(
     except ApiError as error:
         visit.close(error.status)
         yield completion.broken(error)
-    finally:
-        visit.close(CLIENT_GONE)  # without effect on one that was closed above
-        await replies.aclose()  # type: ignore[attr-defined]
 
 
 def _client_of(request: Request, service: Service) -> str:
@@ -155,6 +174,11 @@ async def _read_body(request: Request, limits: Limits) -> bytes:
     """The body, never more of it than the limits allow, nor longer than an answer may take."""
     limit = limits.max_body_bytes
     too_large = ApiError(413, f"the body is larger than {limit} bytes", "body_too_large")
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding.lower() != "identity":  # nothing is unpacked: a few bytes could become gigabytes
+        raise ApiError(
+            415, f"the body is compressed ({encoding[:20]}), which is not read; send it as it is", "compressed"
+        )
     length = request.headers.get("content-length", "")
     if length.isdigit() and int(length) > limit:
         raise too_large

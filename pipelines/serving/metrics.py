@@ -54,6 +54,10 @@ class IngressMetrics:
         self._requests.labels(self._replica, str(status)).inc()
         self._whole.labels(self._replica).observe(seconds)
 
+    def turned_away(self, status: int) -> None:
+        """A request was refused at the door: for its token, its client's rate, or because too many are open."""
+        self._requests.labels(self._replica, str(status)).inc()
+
     def first_token(self, seconds: float) -> None:
         """An answer has begun."""
         self._first.labels(self._replica).observe(seconds)

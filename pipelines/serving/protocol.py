@@ -83,7 +83,7 @@ def _kind_of_content(content: Any) -> str | None:
 class ChatMessage(_Wire):
     """One turn; an answer of this API can be put back as it came."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant"]  # the first two are refused later, with a remedy
     content: Annotated[
         Annotated[str, Tag(_TEXT)]
         | Annotated[list[Annotated[TextPart | ImagePart, Field(discriminator="type")]], Tag(_PARTS)],
@@ -97,6 +97,7 @@ class StreamOptions(_Wire):
     """What a stream tells beside the answer."""
 
     include_usage: bool = False
+    include_obfuscation: Annotated[Any, _nothing_but(False)] = None
 
 
 class ChatRequest(_Wire):

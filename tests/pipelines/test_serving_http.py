@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
+import json
 import re
 import time
 from typing import Any
@@ -15,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
 from pipelines.serving.errors import ApiError
+from pipelines.serving.http import build_http
 from pipelines.serving.service import Service
 from pipelines.serving.settings import Limits, Policy
 from tests.serving_http import LIMITS, Backend, body, data_uri, post, stream, user, with_image
@@ -86,6 +89,13 @@ def test_whoever_looks_by_head_sees_what_get_would_say(client: TestClient) -> No
         seen, got = client.head(path), client.get(path)
         assert (seen.status_code, seen.content) == (200, b"")
         assert seen.headers["content-length"] == str(len(got.content))
+
+
+def test_nobody_is_redirected(client: TestClient) -> None:
+    """Behind a reverse proxy with TLS, the address would lack it: token and picture would go in the clear."""
+    for method, path in (("POST", "/v1/chat/completions/"), ("GET", "/health/")):
+        response = client.request(method, path, follow_redirects=False)
+        assert (response.status_code, response.json()["error"]["message"]) == (404, f"{method} {path}: Not Found")
 
 
 def test_text_alone_and_several_turns(client: TestClient, backend: Backend) -> None:
@@ -163,7 +173,7 @@ def test_a_wrong_method_is_told_the_right_ones(client: TestClient) -> None:
 
 def test_a_stream_adds_up_to_the_whole_answer(client: TestClient) -> None:
     whole = post(client, max_tokens=20).json()
-    _, events = stream(client, max_tokens=20, stream_options={"include_usage": True})
+    _, events = stream(client, max_tokens=20, stream_options={"include_usage": True, "include_obfuscation": False})
     assert {event["object"] for event in events} == {"chat.completion.chunk"}
     common = ("id", "created", "model", "system_fingerprint")
     assert len({tuple(event[name] for name in common) for event in events}) == 1
@@ -192,10 +202,40 @@ def test_a_stream_that_breaks_says_so(client: TestClient, backend: Backend, serv
     status, events = stream(client, max_tokens=32)
     assert (status, events[-1]) == (200, backend.error.body())
     assert service._num_open == 0
+    until_idle(backend)
+
+
+def until_idle(backend: Backend) -> None:
     deadline = time.monotonic() + 10
-    while backend.engine.stats().running:  # the engine lets go of it at its next step
+    while backend.engine.stats().running:  # the engine lets go of a request at its next step
         assert time.monotonic() < deadline, "the slot is not freed"
         time.sleep(0.01)
+
+
+def metrics_of(service: Service) -> str:
+    return asyncio.run(service.read_metrics()).decode()
+
+
+def test_who_leaves_before_the_first_event_is_let_go_of(service: Service, backend: Backend) -> None:
+    """The response is cancelled where it sends its head, before any event was asked for."""
+    left = asyncio.Event()
+    sent = [{"type": "http.request", "body": json.dumps(body(stream=True, max_tokens=32)).encode()}]
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "query_string": b"", "headers": []}
+
+    async def receive() -> dict[str, Any]:
+        if sent:
+            return sent.pop()
+        await left.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        left.set()
+        await asyncio.sleep(60)
+
+    asyncio.run(build_http(service)(scope, receive, send))
+    assert service._num_open == 0
+    assert 'flashsloth_requests_total{replica="ingress-1",status="499"} 1.0' in metrics_of(service)
+    until_idle(backend)
 
 
 def test_health_follows_the_engine(client: TestClient, backend: Backend) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 from typing import Any
 
@@ -40,6 +41,16 @@ REFUSED = {
     "five stops": ({"stop": list("abcde")}, "stop", ""),
     "unknown role": ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role", ""),
     "system": ({"messages": [{"role": "system", "content": "x"}, user()]}, "messages", "not 'user'"),
+    "developer": (
+        {"messages": [{"role": "developer", "content": "x"}, user()]},
+        "messages",
+        "say it in the first question",
+    ),
+    "stuffed stream": (
+        {"stream": True, "stream_options": {"include_obfuscation": True}},
+        "stream_options.include_obfuscation",
+        "the field 'stream_options.include_obfuscation' is not supported",
+    ),
     "answer last": ({"messages": [user(), {"role": "assistant", "content": "x"}]}, "messages", "not a question"),
     "empty question": ({"messages": [user(" ")]}, "messages", "no text"),
     "long question": ({"messages": [user("many words " * 100)]}, "messages", "at most 160"),
@@ -139,6 +150,14 @@ def test_a_body_that_does_not_come_is_not_waited_for(service: Service) -> None:
     assert json.loads(sent[1]["body"])["error"]["code"] == "body_too_slow"
 
 
+def test_a_compressed_body_is_named_as_one(client: TestClient, backend: Backend) -> None:
+    sent = {"content": gzip.compress(json.dumps(body()).encode()), "headers": {"content-encoding": "gzip"}}
+    response = client.post("/v1/chat/completions", **sent)
+    assert response.status_code == 415
+    assert "compressed (gzip)" in response.json()["error"]["message"]
+    assert not backend.prompts
+
+
 def test_a_large_body_is_refused_with_and_without_its_length(client: TestClient, backend: Backend) -> None:
     large = json.dumps(body(user="x" * LIMITS.max_body_bytes)).encode()
     sent_as_stream = (large[i : i + 1000] for i in range(0, len(large), 1000))
@@ -209,6 +228,16 @@ def test_a_client_that_asks_too_often_is_told_when_to_come_back(client: TestClie
     assert 0 < int(answers[-1].headers["retry-after"]) <= 30
     service.adopt(Policy(limits=service.limits.model_copy(update={"max_tokens": 7})))
     assert post(client).status_code == 429, "another limit has changed, not what was asked"
+
+
+def test_who_is_turned_away_at_the_door_is_counted(client: TestClient, service: Service) -> None:
+    service.adopt(Policy(limits=LIMITS.model_copy(update={"requests_per_minute": 1})))
+    assert [post(client).status_code for _ in range(3)] == [200, 429, 429]
+    service.adopt(Policy(limits=LIMITS, tokens={"reader": hash_token("right")}))
+    assert post(client).status_code == 401
+    text = client.get("/metrics", headers={"authorization": "Bearer right"}).text
+    for status, count in ((200, 1), (429, 2), (401, 1)):
+        assert f'flashsloth_requests_total{{replica="ingress-1",status="{status}"}} {count}.0' in text
 
 
 def test_more_open_requests_than_allowed_are_turned_away_unread(
