@@ -78,4 +78,7 @@ def model_identity(settings: AnnotateSettings) -> str:
 
 
 def _token() -> str:
-    return os.environ.get(_TOKEN, "none")
+    token = os.environ.get(_TOKEN, "").strip() or "none"  # one that was read from a file ends in a line break
+    if not token.isascii() or not token.isprintable():
+        raise ValueError(f"{_TOKEN} holds characters that no header may: it is no token")
+    return token

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import base64
 import io
+import random
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from openai import APIConnectionError, APIStatusError, NotFoundError, OpenAI, OpenAIError, PermissionDeniedError
+from openai import (
+    APIConnectionError,
+    APIStatusError,
+    NotFoundError,
+    OpenAI,
+    OpenAIError,
+    PermissionDeniedError,
+    RateLimitError,
+)
 from PIL import Image
 
 from flashsloth.image_processing_flashsloth import ImageError
@@ -22,8 +31,16 @@ from pipelines.serving.completions import fingerprint
 _AHEAD = 2  # questions in hand per request under way
 _HASH = "@sha256:"  # between a model's name and its hash
 _NO_ROUTE = "/-/routes"  # what Ray Serve names in its 404 while a service starts or has stopped
-_LONGEST_PAUSE_S = 8.0
+_LONGEST_PAUSE_S = 8.0  # but for a service that tells a longer one, up to
+_LONGEST_TOLD_PAUSE_S = 60.0
+_BUSY = (408, 409, 429)  # as from 500 on: the same request may be answered later
 _OUR_FAULT = (400, 413, 422)  # what the service says of a request that no repetition would mend
+_OF_ALL_ROWS = ("max_tokens", "temperature", "top_p", "stop", "seed")  # fields that come from the settings
+_REMEDIES = {
+    401: "; set OPENAI_API_KEY to a token of this service",
+    404: "; endpoint.url is the base of the API, such as http://127.0.0.1:8000/v1",
+    429: "; lower endpoint.concurrency, or raise what the service allows",
+}
 
 
 Found = TypeVar("Found")
@@ -48,6 +65,7 @@ class EndpointAsker:
         self._client = _client(settings, token)
         self._threads = ThreadPoolExecutor(settings.concurrency, thread_name_prefix="endpoint")
         self._room = threading.Semaphore(_AHEAD * settings.concurrency)
+        self._answered_at = -1.0  # by the monotonic clock, when the last answer came
 
     def prepare(self, question: Question) -> dict[str, Any] | Answered:
         """The body of the request. The image is looked at here too: what is none has no request to cost."""
@@ -79,15 +97,20 @@ class EndpointAsker:
 
     def _send(self, body: dict[str, Any]) -> Answered:
         try:
-            completion = _once_routed(self.settings, lambda: self._client.chat.completions.create(**body))
+            completion = self._until_answered(lambda: self._client.chat.completions.create(**body))
         except APIStatusError as error:
+            field = (error.param or "").partition(".")[0]
+            # Each row would be refused for it; of another service's refusal nobody knows what it depends on.
+            if self.model_hash and error.status_code in _OUR_FAULT and field in _OF_ALL_ROWS:
+                raise EndpointError(f"{self.settings.url}: refuses {field}: {_message(error)}") from error
             if error.status_code in _OUR_FAULT:
                 return Answered.failed(f"{error.code or 'refused'}: {_message(error)}")
             if error.status_code == 500 and self._answers_others():
                 return Answered.failed(f"engine_error: the service answers 500: {_message(error)}")
-            raise EndpointError(f"{self.settings.url}: answers {error.status_code}: {_message(error)}") from error
+            raise _failure(self.settings, error) from error
         except OpenAIError as error:
-            raise EndpointError(f"{self.settings.url}: {_cause(error)}") from error
+            raise _failure(self.settings, error) from error
+        self._answered_at = time.monotonic()
         self._check_same_model(completion.system_fingerprint)
         choice, usage = completion.choices[0], completion.usage
         spent, given = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
@@ -107,11 +130,23 @@ class EndpointAsker:
                 f"with {expected}; serve that one again, or write to another output"
             )
 
+    def _until_answered(self, ask: Callable[[], Found]) -> Found:
+        """As `_patiently`; where the service is busy, for as long as others of our requests are answered."""
+        while True:
+            began = time.monotonic()
+            try:
+                return _patiently(self.settings, ask)
+            except RateLimitError:
+                if self._answered_at < began:
+                    raise
+
     def _answers_others(self) -> bool:
         """Whether the service answers another question: then it is the row at which it fails."""
         messages: Any = [{"role": "user", "content": "Hi"}]
         try:
-            self._client.chat.completions.create(model=self.model, messages=messages, max_tokens=1)
+            self._until_answered(
+                lambda: self._client.chat.completions.create(model=self.model, messages=messages, max_tokens=1)
+            )
         except OpenAIError:
             return False
         return True
@@ -127,37 +162,53 @@ def served_model(settings: EndpointSettings, token: str) -> str:
     """
     try:
         with _client(settings, token) as client:
-            models = _once_routed(settings, lambda: list(client.models.list()))
+            models = _patiently(settings, lambda: list(client.models.list()))
         hashes = {model.id: (model.model_extra or {}).get("hash") for model in models}
     except OpenAIError as error:
         if settings.model and isinstance(error, NotFoundError | PermissionDeniedError) and not _is_unrouted(error):
             return settings.model  # there is no list, or none for us, which a service may do without
-        raise EndpointError(f"{settings.url}: {_cause(error)}") from error
+        raise _failure(settings, error) from error
     if settings.model is None and len(hashes) != 1:
         raise EndpointError(f"{settings.url}: serves {', '.join(hashes) or 'no model'}; choose one: endpoint.model")
     name = settings.model or next(iter(hashes))
+    if name not in hashes and any(hashes.values()):  # our service lists all that it has
+        raise EndpointError(f"{settings.url}: serves {', '.join(hashes)}, not {name}: endpoint.model")
     return f"{name}{_HASH}{hashes[name]}" if hashes.get(name) else name
 
 
-def _once_routed(settings: EndpointSettings, ask: Callable[[], Found]) -> Found:
-    """What `ask` gives; asked again, as where a service is busy, while Serve's proxy knows of no service behind it."""
+def _patiently(settings: EndpointSettings, ask: Callable[[], Found]) -> Found:
+    """What `ask` gives; asked again, with growing pauses, while the service is busy or away."""
     attempt = 0
     while True:
         try:
             return ask()
-        except NotFoundError as error:
-            if not _is_unrouted(error) or attempt == settings.max_retries:
+        except OpenAIError as error:
+            if attempt == settings.max_retries or not _may_pass(error):
                 raise
-        time.sleep(min(0.5 * 2**attempt, _LONGEST_PAUSE_S))
+            # A service tells when it may have room for one. Not when it will be there again, or have room for all.
+            pause_s = max(_told_pause(error), min(0.5 * 2**attempt, _LONGEST_PAUSE_S))
+        time.sleep(pause_s * random.uniform(1, 1.25))  # not all at the same time
         attempt += 1
 
 
+def _may_pass(error: OpenAIError) -> bool:
+    if isinstance(error, APIStatusError):
+        return error.status_code in _BUSY or error.status_code >= 500 or _is_unrouted(error)
+    return isinstance(error, APIConnectionError)
+
+
+def _told_pause(error: OpenAIError) -> float:
+    text = error.response.headers.get("retry-after", "") if isinstance(error, APIStatusError) else ""
+    return min(float(text), _LONGEST_TOLD_PAUSE_S) if text.isdecimal() else 0.0
+
+
 def _is_unrouted(error: OpenAIError) -> bool:
+    """Whether Serve's proxy knows of no service behind it: it has stopped, or it starts."""
     return isinstance(error, NotFoundError) and _NO_ROUTE in str(error.body)
 
 
 def _client(settings: EndpointSettings, token: str) -> OpenAI:
-    return OpenAI(base_url=settings.url, api_key=token, timeout=settings.timeout_s, max_retries=settings.max_retries)
+    return OpenAI(base_url=settings.url, api_key=token, timeout=settings.timeout_s, max_retries=0)  # see _patiently
 
 
 def _data_uri(data: bytes, picture: Image.Image) -> str:
@@ -176,7 +227,12 @@ def _message(error: APIStatusError) -> str:
     return str(body.get("message") or error.message).splitlines()[0]
 
 
-def _cause(error: OpenAIError) -> str:
+def _failure(settings: EndpointSettings, error: OpenAIError) -> EndpointError:
+    """What went wrong, and what helps."""
     if isinstance(error, APIConnectionError):
-        return f"no answer ({error.__cause__ or error})"
-    return str(error).splitlines()[0]
+        return EndpointError(f"{settings.url}: no answer ({error.__cause__ or error})")
+    if not isinstance(error, APIStatusError):
+        return EndpointError(f"{settings.url}: {str(error).splitlines()[0]}")
+    says_itself = _is_unrouted(error) or error.code == "model_not_found"
+    remedy = "" if says_itself else _REMEDIES.get(error.status_code, "")
+    return EndpointError(f"{settings.url}: answers {error.status_code}: {_message(error)}{remedy}")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import string
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import AliasChoices, Field, field_validator, model_validator
 
@@ -35,7 +36,15 @@ class EndpointSettings(Section):
     timeout_s: float = Field(default=300, gt=0)
     """After this long a request is tried again."""
     max_retries: int = Field(default=8, ge=0)
-    """How often a request is sent again, with growing pauses, when the service is busy or away."""
+    """How often a request is sent again, with growing pauses, when the service is busy or away; where it is busy, as
+    long as it answers others of ours."""
+
+    @field_validator("url")
+    @classmethod
+    def _is_http(cls, value: str) -> str:
+        if not re.match(r"https?://[^/]", value, re.IGNORECASE):
+            raise ValueError("it begins with http:// or https:// and a host, such as http://127.0.0.1:8000/v1")
+        return value
 
 
 class AnnotateSettings(JobSettings):
@@ -62,11 +71,11 @@ class AnnotateSettings(JobSettings):
     input names by its path is named, one that it holds is copied."""
     max_tokens: int = Field(default=128, gt=0)
     """Longest answer."""
-    temperature: float = Field(default=0.0, ge=0)
+    temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """0 takes the likeliest token; above it answers are drawn, each row's by a seed of its own."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Draw from the likeliest tokens that hold this much probability."""
-    stop: list[str] = Field(default_factory=list)
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
     """Texts before which an answer ends."""
     seed: int = 0
     """Where answers are drawn: another seed, other answers."""

@@ -93,6 +93,10 @@ def test_row_that_cannot_be_asked(given: Record, prompt: str | None, reason: str
         ({"sources": [{"path": "a.json"}, {"path": "b/a.json"}]}, "two sources have the name 'a'"),
         ({"workers": {"min_workers": 2, "max_workers": 1}}, "min_workers is 2, more than max_workers 1"),
         ({"format": "csv"}, "parquet"),
+        ({"stop": ["a", ""]}, r"stop\.1\n.*at least 1 character"),
+        ({"temperature": float("inf")}, "temperature\n.*finite number"),
+        ({"endpoint": {"url": "127.0.0.1:8000/v1"}}, r"endpoint\.url\n.*begins with http:// or https:// and a host"),
+        ({"endpoint": {"url": "http:///v1"}}, r"endpoint\.url\n.*begins with http:// or https:// and a host"),
     ],
 )
 def test_mistake_in_the_settings_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:

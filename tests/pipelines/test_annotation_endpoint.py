@@ -5,15 +5,18 @@ from __future__ import annotations
 import base64
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from pipelines import annotate as annotate_module
-from pipelines.annotation.endpoint import EndpointError, served_model
+from pipelines.annotation import endpoint
+from pipelines.annotation.endpoint import EndpointAsker, EndpointError, served_model
 from pipelines.annotation.questions import row_seed
 from pipelines.annotation.settings import EndpointSettings
 from pipelines.preparation.sources import PlanError
@@ -38,6 +41,7 @@ class Service(ThreadingHTTPServer):
         self.models: list[str] | None = ["tiny"]
         self.hashes: dict[str, str] = {}
         self.reply: Callable[[int, dict[str, Any]], tuple[int, Any]] = lambda number, body: (200, completion("Yes."))
+        self.retry_after = "0"
         self.unrouted = 0  # requests for the list of models that come too early
         self.lock = threading.Lock()
 
@@ -73,8 +77,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
-        if status == 429:
-            self.send_header("Retry-After", "0")
+        if status in (429, 503):
+            self.send_header("Retry-After", self.server.retry_after)
         self.end_headers()
         self.wfile.write(data)
 
@@ -160,6 +164,89 @@ def test_busy_service_is_asked_again(corpus: Path, service: Service) -> None:
     service.reply = lambda number, body: (429, busy) if number < 3 else (200, completion("Yes."))
     assert annotate_here(settings(corpus, service.url)).errors == {}
     assert len(service.asked) == NUM_ROWS + 3
+
+
+def test_busy_service_is_asked_for_as_long_as_it_answers_others(corpus: Path, service: Service) -> None:
+    """The first row is refused until all others have their answers, far more often than it is asked again otherwise."""
+    first, answered = row_seed(0, "corpus:0"), []
+
+    def reply(number: int, body: dict[str, Any]) -> tuple[int, Any]:
+        if body["seed"] == first and len(answered) < NUM_ROWS - 1:
+            return 429, refusal("too many requests are waiting", "overloaded")
+        time.sleep(0.4)
+        answered.append(body["seed"])
+        return 200, completion("Yes.")
+
+    service.reply = reply
+    asked = settings(corpus, service.url, chunk_rows=NUM_ROWS)
+    asked.endpoint.max_retries = 1
+    assert annotate_here(asked).errors == {}
+    assert len(service.asked) > NUM_ROWS + 2
+
+
+@pytest.mark.parametrize(("told", "least"), [("1", [1, 1, 2, 4]), ("30", [30] * 4), ("soon", [0.5, 1, 2, 4])])
+def test_pauses_grow_and_are_none_shorter_than_the_service_says(
+    told: str, least: list[float], service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(endpoint, "time", SimpleNamespace(sleep=pauses.append, monotonic=time.monotonic))
+    monkeypatch.setattr(service, "retry_after", told)
+    service.reply = lambda number, body: (503, refusal("no engine can answer", "unavailable"))
+    asker = EndpointAsker(EndpointSettings(url=service.url, max_retries=4), "tiny", "token")
+    with pytest.raises(EndpointError, match="answers 503: no engine can answer"):
+        asker.ask({"model": "tiny", "messages": []}).result()
+    asker.close()
+    assert [shortest <= pause <= 1.25 * shortest for shortest, pause in zip(least, pauses, strict=True)] == [True] * 4
+
+
+def test_refusal_that_every_row_would_get_ends_the_run_before_any_is_blamed(corpus: Path, service: Service) -> None:
+    refused = refusal("max_tokens is 6, at most 5 are allowed", "max_tokens_too_large")
+    refused["error"]["param"] = "max_tokens"
+    service.hashes = {"tiny": "ab" * 32}
+    service.reply = lambda number, body: (422, refused)
+    asked = settings(corpus, service.url)
+    with pytest.raises(EndpointError, match="refuses max_tokens: max_tokens is 6, at most 5 are allowed"):
+        annotate_here(asked)
+    assert not (corpus / "out" / "parts").exists()
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "said"),
+    [
+        (401, "invalid_token", "answers 401: no; set OPENAI_API_KEY to a token of this service"),
+        (404, None, "answers 404: no; endpoint.url is the base of the API, such as http://127.0.0.1:8000/v1"),
+        (404, "model_not_found", "answers 404: no"),
+        (429, "rate_limited", "answers 429: no; lower endpoint.concurrency, or raise what the service allows"),
+    ],
+)
+def test_what_ends_the_run_says_what_helps(
+    corpus: Path, service: Service, status: int, code: str | None, said: str
+) -> None:
+    service.reply = lambda number, body: (status, {"error": {"message": "no", "code": code}})
+    asked = settings(corpus, service.url)
+    asked.endpoint.max_retries = 0
+    with pytest.raises(EndpointError) as raised:
+        annotate_here(asked)
+    assert str(raised.value) == f"{service.url}: {said}"
+
+
+def test_model_that_our_service_does_not_have_is_found_before_anything_is_written(service: Service) -> None:
+    service.hashes = {"tiny": "ab" * 32}
+    with pytest.raises(EndpointError, match=r"serves tiny, not tinny: endpoint\.model"):
+        served_model(EndpointSettings(url=service.url, model="tinny"), "t")
+
+
+@pytest.mark.parametrize(
+    ("token", "sent"), [("secret\n", "secret"), ("", "none"), ("schl\u00fcssel", None), ("a\nb", None)]
+)
+def test_token_is_what_a_header_can_hold(token: str, sent: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", token)
+    if sent is not None:
+        assert annotate_module._token() == sent
+        return
+    with pytest.raises(ValueError, match="OPENAI_API_KEY holds characters that no header may") as raised:
+        annotate_module._token()
+    assert token not in str(raised.value)
 
 
 def test_service_that_starts_anew_is_waited_for(corpus: Path, service: Service) -> None:
