@@ -104,6 +104,8 @@ class ArrayScanner:
         text = self.buffer.removeprefix(_BOM).lstrip(BLANKS)
         if not text:
             return
+        if text.startswith(b"PAR1"):
+            raise FileFormatError(f"{self.path}: a Parquet file: say so of its source, format: parquet")
         if text[:1] != b"[":
             raise FileFormatError(
                 f"{self.path}: begins with {text[:20]!r}, not with '[': a .json corpus is one array of rows; "

@@ -61,6 +61,8 @@ class SourceSettings(Section):
         if self.format == "images":
             self.image_root = self.image_root or self.path
         self.name = self.name or PurePosixPath(self.path).stem
+        if self.name in ("", ".", ".."):  # it is a folder of an annotation's output, too
+            raise ValueError(f"{self.path!r} gives the source no name for its rows' keys: give it one")
         return self
 
 

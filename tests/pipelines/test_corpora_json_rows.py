@@ -245,6 +245,7 @@ def test_very_deep_row_is_a_bad_row(tmp_path: Path) -> None:
         ('[{"id": 1}]]', ":1: the array ends here, but the file goes on"),
         ('[{"id": 1}]\n[{"id": 2}]', ":1: the array ends here, but the file goes on"),
         ('{"id": 1}', r"begins with .*one array of rows.*\.jsonl"),
+        ("PAR1", r"a Parquet file: say so of its source, format: parquet"),
         ("", "the file is empty"),
     ],
 )

@@ -178,6 +178,8 @@ def recipe(*sources: dict[str, Any]) -> PrepareSettings:
 
 def test_mistakes_in_a_source_are_named(tmp_path: Path) -> None:
     for fields, message in (
+        ({"path": "."}, r"'\.' gives the source no name for its rows' keys: give it one"),
+        ({"path": "../.."}, r"'\.\./\.\.' gives the source no name"),
         ({"path": "a/*.tar"}, r"a/\*\.tar stands for several files: give the source a name"),
         ({"path": "a.json", "name": "x/y"}, "name is 'x/y'"),
         ({"path": "a.json", "weight": 0}, "greater than 0"),
