@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+import yaml
 from pydantic import Field
 
 from pipelines.exit_status import exit_status
@@ -65,7 +66,13 @@ def _make_token(arguments: list[str]) -> int:
         parser.error(f"a client's name begins with no dash, as {name!r} does")
     token = new_token()
     print(f"token, shown this once: {token}")
-    print(f"for the recipe or Serve file:\ntokens:\n  {name}: {hash_token(token)}")
+    # Written as YAML writes it: names such as 42, no or "a: b" would be read as something else.
+    print(
+        "for the recipe or Serve file:",
+        yaml.safe_dump({"tokens": {name: hash_token(token)}}, allow_unicode=True),
+        sep="\n",
+        end="",
+    )
     return 0
 
 

@@ -125,13 +125,13 @@ class Ingress:
         raises by another one that raises as well.
 
         Raises:
-            ValueError: as `Policy.changed`, at the start.
+            ValueError: as `Policy.changed`, at the start, in a line: `serve status` shows it.
         """
         try:
             policy = self._policy.changed(user_config)
         except ValueError as error:
             if not self._is_configured:
-                raise
+                raise ValueError(f"user_config is refused: {_faults(error)}") from None
             logger.error("user_config is refused and changes nothing; no ingress can start with it: %s", _faults(error))
             return
         self._service.adopt(policy)

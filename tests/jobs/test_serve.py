@@ -256,13 +256,14 @@ def test_a_typo_in_a_recipe_is_an_error(tmp_path: Path, capsys: pytest.CaptureFi
     assert f"{recipe}: unknown field 'num_replica'; did you mean 'num_replicas'?" in capsys.readouterr().err
 
 
-def test_a_token_is_shown_once_and_kept_as_its_hash(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["token", "alice"]) == 0
+@pytest.mark.parametrize("name", ["alice", "42", "no", "a: b #1", "é"])
+def test_a_token_is_shown_once_and_kept_as_its_hash(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["token", name]) == 0
     first, _, recipe = capsys.readouterr().out.split("\n", 2)
     policy = Policy.model_validate(yaml.safe_load(recipe))
     clients = Clients(policy.tokens)
     token = first.rpartition(" ")[2]
-    assert clients.authenticate(f"Bearer {token}", "127.0.0.1") == "alice"
+    assert clients.authenticate(f"Bearer {token}", "127.0.0.1") == name
     assert token not in recipe
 
 
