@@ -211,6 +211,40 @@ def test_who_asks_before_the_model_is_known_is_answered(site: Site, open_page: A
     wait_for_answers(page, 1)
 
 
+def test_who_asks_a_service_that_was_away_is_answered(site: Site, open_page: Any) -> None:
+    page = open_page(site)
+    page.route("**/v1/models", lambda route: route.abort())
+    page.reload()
+    expect(page.locator("#model")).to_have_text("Failed to fetch")
+    page.unroute("**/v1/models")
+    page.keyboard.type("What is it?\n")
+    wait_for_answers(page, 1)
+    expect(page.locator("#model")).to_have_text("tiny")
+
+
+def test_who_reads_further_up_or_is_at_a_tab_stays_there(
+    site: Site, open_page: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = site.backend.engine._batch
+    step, steps = batch.step, threading.Semaphore(400)
+    monkeypatch.setattr(batch, "step", lambda: steps.acquire(timeout=PATIENCE_MS / 1000) and step())
+    site.service.adopt(Policy(limits=Limits(default_max_tokens=900)))
+    page = open_page(site, viewport={"width": 320, "height": 400})
+    page.set_input_files("#files", pictures(4))
+    expect(page.locator("#model")).to_have_text("tiny")
+    page.locator("#question").press_sequentially("Hi\n")
+    answer = page.locator(".assistant")
+    expect(answer).to_have_text(re.compile(".{200,}", re.DOTALL), timeout=PATIENCE_MS)
+    place = "[document.activeElement.getAttribute('role'), document.getElementById('talk').scrollTop]"
+    assert page.evaluate(place)[1] > 50  # it follows the answer
+    page.get_by_role("tab").nth(1).focus()
+    page.evaluate("document.getElementById('talk').scrollTop = 0")
+    steps.release(1000)
+    wait_for_answers(page, 1)
+    assert page.evaluate(place) == ["tab", 0]
+    site.service.adopt(site.policy)
+
+
 def test_the_answer_streams_and_can_be_stopped(site: Site, open_page: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = site.backend.engine._batch
     step, steps = batch.step, threading.Semaphore(400)  # it makes as many tokens as it is allowed here, and waits
