@@ -223,6 +223,20 @@ def test_an_id_of_a_request_is_passed_on_where_it_is_plain_text(served: Served) 
         connection.close()
 
 
+def test_clients_give_serve_no_orders(served: Served) -> None:
+    """It would answer what is no text with an error of its own, and give up what it is told to."""
+    for sent in (
+        {"x-session-id": "\xff"},
+        {"Serve_Multiplexed_Model_Id": "\xff"},
+        {"X-Request-Timeout-Seconds": "1e-9"},
+    ):
+        connection = served.connect()
+        connection.request("POST", "/v1/chat/completions", body(4), sent)
+        response = connection.getresponse()
+        assert (response.status, response.read()[:1]) == (200, b"{"), sent
+        connection.close()
+
+
 def test_an_ingress_that_is_killed_is_replaced(served: Served) -> None:
     [ingress] = served.replicas("Ingress")
     ingress.kill()
