@@ -292,8 +292,11 @@ def _foreign_format(data: bytes, formats: Sequence[str]) -> str | None:
     for name, (_, accepts) in Image.OPEN.items():
         if name not in formats and accepts is not None and accepts(data[:16].ljust(16, b"\0")) is True:
             return name
-    return None
+    # What iPhones make, and Pillow alone does not know.
+    return "HEIF" if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS else None
 
+
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
 
 # Signature -> does the file end before its format says it may?
 _CUT_OFF: dict[bytes, Callable[[bytes], bool]] = {

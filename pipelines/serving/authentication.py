@@ -64,6 +64,7 @@ class RateLimit:
         self.per_minute = per_minute
         self._now = now
         self._buckets: dict[str, tuple[float, float]] = {}  # client -> (requests left, as of when)
+        self._most_buckets = _MOST_BUCKETS
 
     def take(self, client: str) -> None:
         """Count a request.
@@ -82,8 +83,10 @@ class RateLimit:
             message = f"more than {self.per_minute} requests a minute; try again in {wait} s"
             raise ApiError(429, message, "rate_limited", retry_after_s=wait)
         self._buckets[client] = (left - 1, now)
-        if len(self._buckets) > _MOST_BUCKETS:
+        if len(self._buckets) > self._most_buckets:
             self._forget(now)
+            # Where a minute brings more clients than that, not again at each request: all of them are looked at.
+            self._most_buckets = max(_MOST_BUCKETS, 2 * len(self._buckets))
 
     def _forget(self, now: float) -> None:
         """Drop who has not asked for a minute: their buckets are full, as a new client's is."""

@@ -68,7 +68,10 @@ class ImageFetcher:
             raise _failed(f"the image could not be fetched from {url.host} ({type(error).__name__})") from error
 
     def _check(self, address: str) -> URL:
-        scheme = address.partition(":")[0].lower()[:20]
+        scheme, colon, _ = address.partition(":")
+        scheme = scheme.lower()[:20]
+        if not colon:  # the base64 alone, or a path
+            raise _refused("image_url is no address; send a data URI, as data:image/png;base64,...")
         if scheme not in _PORTS or not self.hosts:
             raise _refused(f"image_url is a {scheme} address, which is not fetched; send a data URI (base64)")
         try:

@@ -104,6 +104,11 @@ def test_a_download_that_broke_off_is_truncated(image_format, percent):
     assert reason(data[: len(data) * percent // 100]) == "image_truncated"
 
 
+def test_the_format_of_iphones_is_named() -> None:
+    with pytest.raises(ImageError, match="image_format_not_allowed: HEIF; accepted: JPEG, PNG"):
+        decode_image(b"\0\0\0\x1cftypheic" + bytes(100))
+
+
 @pytest.mark.parametrize("image_format", ["GIF", "PPM", "ICO"])
 def test_other_formats_are_refused_by_name(image_format):
     with pytest.raises(ImageError, match=f"image_format_not_allowed: {image_format}; accepted: JPEG, PNG"):

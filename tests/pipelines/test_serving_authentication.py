@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
+from pipelines.serving import authentication
 from pipelines.serving.authentication import Clients, RateLimit, hash_token, new_token
 from pipelines.serving.errors import ApiError
 from pipelines.serving.settings import Policy
@@ -72,6 +73,24 @@ def test_a_bucket_holds_a_minutes_worth_and_fills_steadily() -> None:
         limit.take("me")
     with pytest.raises(ApiError):
         limit.take("me")
+
+
+def test_a_crowd_is_looked_through_a_few_times_and_not_for_each_of_its_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(authentication, "_MOST_BUCKETS", 10)
+    looks: list[int] = []
+    forget = RateLimit._forget
+    monkeypatch.setattr(
+        RateLimit, "_forget", lambda limit, now: (looks.append(len(limit._buckets)), forget(limit, now))
+    )
+    clock = Clock()
+    limit = RateLimit(6, clock)
+    for client in range(1000):
+        limit.take(str(client))
+    assert looks == [11, 23, 47, 95, 191, 383, 767]
+    clock.now = 60.0
+    for client in range(1000, 2000):
+        limit.take(str(client))
+    assert len(limit._buckets) == 1000, "who came within the last minute is known"
 
 
 def test_clients_that_stay_away_are_forgotten() -> None:

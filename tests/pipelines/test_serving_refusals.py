@@ -92,6 +92,11 @@ REFUSED = {
     ),
     "web image": ({"messages": [user(with_image("https://a.example/x.png"))]}, "messages", "not fetched"),
     "metadata service": ({"messages": [user(with_image("http://169.254.169.254/"))]}, "messages", "not fetched"),
+    "bare base64": (
+        {"messages": [user(with_image(data_uri().partition(",")[2]))]},
+        "messages",
+        "image_url is no address; send a data URI, as data:image/png;base64,...",
+    ),
     "file": ({"messages": [user(with_image("file:///etc/passwd"))]}, "messages", "not fetched"),
     "no base64": ({"messages": [user(with_image("data:image/png;base64,@@@"))]}, "messages", "not base64"),
     "no ASCII": ({"messages": [user(with_image("data:image/png;base64,é"))]}, "messages", "not base64"),
