@@ -25,6 +25,7 @@ from PIL import Image
 from flashsloth.image_processing_flashsloth import ImageError
 from pipelines.annotation.answering import Question
 from pipelines.annotation.parts import Answered
+from pipelines.annotation.replies import Completion, ModelList, NoReplyError, read_reply
 from pipelines.annotation.settings import EndpointSettings
 from pipelines.serving.completions import fingerprint
 
@@ -97,7 +98,7 @@ class EndpointAsker:
 
     def _send(self, body: dict[str, Any]) -> Answered:
         try:
-            completion = self._until_answered(lambda: self._client.chat.completions.create(**body))
+            completion = self._until_answered(lambda: self._complete(**body))
         except APIStatusError as error:
             field = (error.param or "").partition(".")[0]
             # Each row would be refused for it; of another service's refusal nobody knows what it depends on.
@@ -108,6 +109,11 @@ class EndpointAsker:
             if error.status_code == 500 and self._answers_others():
                 return Answered.failed(f"engine_error: the service answers 500: {_message(error)}")
             raise _failure(self.settings, error) from error
+        except NoReplyError as error:
+            found = f"the service answers what is no completion: {error}"
+            if self._answers_others():
+                return Answered.failed(f"no_answer: {found}")
+            raise EndpointError(f"{self.settings.url}: {found}") from error
         except OpenAIError as error:
             raise _failure(self.settings, error) from error
         self._answered_at = time.monotonic()
@@ -121,6 +127,9 @@ class EndpointAsker:
             ended = f"the service's time was over after {given} of {body['max_tokens']} tokens"
             return Answered.failed(f"deadline: {ended}; raise its limits.deadline_s, or lower max_tokens", spent)
         return Answered(choice.message.content, choice.finish_reason, spent, given)
+
+    def _complete(self, **body: Any) -> Completion:
+        return read_reply(Completion, self._client.chat.completions.with_raw_response.create(**body).content)
 
     def _check_same_model(self, found: str | None) -> None:
         """Make sure that who answers is who the run began with, where the service tells both."""
@@ -144,10 +153,8 @@ class EndpointAsker:
         """Whether the service answers another question: then it is the row at which it fails."""
         messages: Any = [{"role": "user", "content": "Hi"}]
         try:
-            self._until_answered(
-                lambda: self._client.chat.completions.create(model=self.model, messages=messages, max_tokens=1)
-            )
-        except OpenAIError:
+            self._until_answered(lambda: self._complete(model=self.model, messages=messages, max_tokens=1))
+        except (OpenAIError, NoReplyError):
             return False
         return True
 
@@ -162,8 +169,10 @@ def served_model(settings: EndpointSettings, token: str) -> str:
     """
     try:
         with _client(settings, token) as client:
-            models = _patiently(settings, lambda: list(client.models.list()))
-        hashes = {model.id: (model.model_extra or {}).get("hash") for model in models}
+            models = read_reply(ModelList, _patiently(settings, client.models.with_raw_response.list).content)
+        hashes = {model.id: model.hash for model in models.data}
+    except NoReplyError as error:
+        raise EndpointError(f"{settings.url}: answers what is no list of models: {error}{_REMEDIES[404]}") from error
     except OpenAIError as error:
         if settings.model and isinstance(error, NotFoundError | PermissionDeniedError) and not _is_unrouted(error):
             return settings.model  # there is no list, or none for us, which a service may do without

@@ -230,6 +230,37 @@ def test_what_ends_the_run_says_what_helps(
     assert str(raised.value) == f"{service.url}: {said}"
 
 
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ("<html>Welcome!</html>", "Invalid JSON: expected value"),
+        ("{", "Invalid JSON: EOF"),
+        ({"error": {"message": "quota"}}, "choices: Field required"),
+        (completion("Yes.") | {"choices": []}, "choices: List should have at least 1 item"),
+        (completion("Yes.") | {"choices": [{"index": 0}]}, "choices.0.message: Field required"),
+        (completion("half \ud83d"), "Invalid JSON: unexpected end of hex escape"),
+    ],
+)
+def test_what_is_no_completion_fails_the_row_or_all_of_them(
+    answer: Any, said: str, corpus: Path, service: Service
+) -> None:
+    first = row_seed(0, "corpus:0")
+    service.reply = lambda number, body: (200, answer if body.get("seed") == first else completion("Yes."))
+    assert annotate_here(settings(corpus, service.url)).errors == {"no_answer": 1}
+    [failed] = [each["error"] for each in rows_of(str(corpus / "out")) if each["error"]]
+    assert failed.startswith(f"no_answer: the service answers what is no completion: {said}")
+    service.reply = lambda number, body: (200, answer)
+    with pytest.raises(EndpointError, match=f"{service.url}: the service answers what is no completion: {said}"):
+        annotate_here(settings(corpus, service.url, output=str(corpus / "other")))
+
+
+@pytest.mark.parametrize("answer", ["<html>Welcome!</html>", "{", "[]", '{"data": null}'])
+def test_what_is_no_list_of_models_is_called_so(answer: str, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_Handler, "do_GET", lambda handler: handler._answer(200, answer))
+    with pytest.raises(EndpointError, match=f"{service.url}: answers what is no list of models: .*endpoint.url is the"):
+        served_model(EndpointSettings(url=service.url), "t")
+
+
 def test_model_that_our_service_does_not_have_is_found_before_anything_is_written(service: Service) -> None:
     service.hashes = {"tiny": "ab" * 32}
     with pytest.raises(EndpointError, match=r"serves tiny, not tinny: endpoint\.model"):
