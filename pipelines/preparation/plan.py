@@ -97,7 +97,8 @@ class Chunk(BaseModel):
     rows: int
     """Planned rows: those that lie in the chunk and are taken."""
     first_line: int
-    size: int = 0
+    # A plan that was made before there were sizes keeps its identity, by which its receipts and its manifest name it.
+    size: int = Field(default=0, exclude_if=lambda size: size == 0)
     """Bytes of its rows and of the images that they bring, about."""
     repeat: int = 0
     """0 for the first time that its rows are taken, 1 for the second, ..."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pyarrow as pa
@@ -103,6 +104,12 @@ def test_folder_belongs_to_one_plan(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"plan\.json: another driver"):
         Ledger(str(tmp_path), make_plan(layout="caption"), 0.5)
     assert load_plan(str(tmp_path)) == make_plan()
+
+
+def test_a_plan_from_before_there_were_sizes_keeps_its_identity() -> None:
+    stored = {"source": 0, "start": 0, "stop": 9, "first_row": 0, "rows": 1, "first_line": 1, "repeat": 0}
+    assert Chunk(**stored).model_dump_json() == json.dumps(stored, separators=(",", ":"))
+    assert Chunk(**stored, size=9).model_dump()["size"] == 9
 
 
 def test_receipt_of_another_plan_is_refused(tmp_path: Path) -> None:
