@@ -4,7 +4,8 @@ Columns: `image` or `images` (structs, bytes or paths; a row may have one image)
 turns) or `messages` (chat messages, whose typed content may hold the struct), or where there are neither `question` and
 maybe `answer`, and `id`, `question_types` where there are such. Where a struct has no bytes, its path is one below the
 image root; a struct with neither is an image that got lost, no struct a row without one. A row with a `video` or an
-`audio` is refused. The other columns are not read.
+`audio` is refused. The other columns are not read. Images without any of the columns of text are there to be annotated:
+nothing can be learned from them.
 
 A row can be had only by decoding its row group from the beginning. So a chunk costs least where row groups are not much
 larger than it: the hub's have 100 rows where there are images, 1000 otherwise.
@@ -82,10 +83,10 @@ def _open(file: Any, path: str) -> pq.ParquetFile:
     twice = next((name for name in _COLUMNS if table.schema_arrow.names.count(name) > 1), None)
     if twice is not None:
         raise FileFormatError(f"{path}: has two columns {twice!r}, of which one would be lost; rename one")
-    if not names & _TEXTS.keys() or names >= {"conversations", "messages"}:
+    if not names & {*_TEXTS, "image", "images"} or names >= {"conversations", "messages"}:
         raise FileFormatError(
             f"{path}: has the columns {', '.join(sorted(names))}; one of conversations, messages and question must be "
-            "there"
+            "there, or image alone"
         )
     return table
 
@@ -109,11 +110,16 @@ def _content(batch: pa.RecordBatch, row: int) -> Record | RowError:
             value[field] = [_image(each, own_id) for each in held] if isinstance(held, list) else _image(held, own_id)
         for part in _image_parts(value.get("messages")):
             part["image"] = _image(part.get("image"), own_id)
-        return next(record for field, record in _TEXTS.items() if field in value)(value)
+        return next((record for field, record in _TEXTS.items() if field in value), _image_alone)(value)
     except UnicodeDecodeError as error:
         return RowError("row_malformed", f"not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}")
     except RowError as error:
         return error
+
+
+def _image_alone(row: dict[str, Any]) -> Record:
+    own_id = fields.own_id(row)
+    return Record([], own_id, fields.one_image(fields.images(row, own_id), own_id))
 
 
 def _image_parts(turns: Any) -> Iterator[dict[str, Any]]:

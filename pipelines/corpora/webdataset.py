@@ -4,7 +4,8 @@
     a/000017.json    `{"conversations"}` (ShareGPT's or LLaVA's turns) or `{"messages"}`, with an `id` if there is one
     a/000017.txt     or a caption instead; `{"caption"}` in the json does as well (img2dataset writes both)
 
-A caption becomes an answer to an empty question, which the caption layout throws away anyhow. A scan reads the headers
+A caption becomes an answer to an empty question, which the caption layout throws away anyhow. An image without any text
+is there to be annotated: nothing can be learned from it. A scan reads the headers
 alone where the tar lies on a disk, and a chunk is one range of bytes. A tar that is compressed cannot be read so.
 A link to another file is not followed, which may lie far from the chunk: its sample is quarantined.
 """
@@ -116,6 +117,8 @@ def _caption(row: dict[str, object], held: dict[str, bytes], own_id: str) -> lis
         caption = held["txt"].decode("utf-8-sig") if "txt" in held else caption
     except UnicodeDecodeError as error:
         raise RowError("row_malformed", f"the txt is not UTF-8: {error.reason} at {error.start}", own_id) from error
+    if caption is None and any(suffix in IMAGE_SUFFIXES for suffix in held):
+        return []
     if not isinstance(caption, str):
         detail = f"has {', '.join(sorted(held))}, but neither a json with messages, conversations or caption nor a txt"
         raise RowError("row_malformed", detail, own_id)

@@ -149,10 +149,8 @@ class SampleMaker:
                 content.messages, content.image is not None, self.terms.layout, max_length=self.terms.max_length
             )
         except ConversationError as error:
-            is_caption = content.image is not None and len(content.messages) == 2
-            if error.reason == "empty_question" and is_caption:
-                return RowError(error.reason, f"{error.detail}; a corpus of captions is prepared with layout: caption")
-            return error
+            remedy = _remedy(error, content)
+            return RowError(error.reason, f"{error.detail}; {remedy}") if remedy else error
         if all(label == IGNORED_LABEL for label in tokens["labels"]):
             return RowError("no_loss_tokens", "no token of this row is learned: it ends without an answer")
         return tokens
@@ -202,6 +200,17 @@ class SampleMaker:
         # A GIF that another source has brought in is none for a source that takes no GIF.
         may_share = self._takes_gif or not image.startswith(b"GIF8")
         return Picture(image, key, bool(may_share and self.store and key and self.store.has(key)))
+
+
+def _remedy(error: ConversationError, content: Record) -> str | None:
+    """What helps where a whole corpus is likely to have the fault."""
+    if content.image is None:
+        return None
+    if error.reason == "conversation_empty":
+        return "an image without text is for jobs/annotate.py, which writes one"
+    if error.reason == "empty_question" and len(content.messages) == 2:
+        return "a corpus of captions is prepared with layout: caption"
+    return None
 
 
 def _table(samples: list[dict[str, Any]]) -> pa.Table:

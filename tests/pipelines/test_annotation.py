@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -17,6 +20,7 @@ from pipelines import storage
 from pipelines.annotation.questions import ask, row_seed
 from pipelines.annotation.settings import AnnotateSettings
 from pipelines.annotation.verify import verify
+from pipelines.preparation.receipt_book import PublishError
 from pipelines.preparation.sources import PlanError
 from pipelines.records import Message, Record, RowError
 from pipelines.serving.engine import Engine
@@ -224,6 +228,32 @@ def test_folder_of_images_is_captioned_and_prepared(tmp_path: Path, tiny_checkpo
     )
     shards = prepare_here(prepared)
     assert (shards.planned, shards.written, shards.quarantined) == (6, 5, 1)
+
+
+@pytest.mark.parametrize("format", ["parquet", "webdataset"])
+def test_images_without_any_text_are_captioned_and_prepared(tmp_path: Path, tiny_checkpoint: Path, format: str) -> None:
+    path = tmp_path / f"photos.{format}"
+    if format == "parquet":
+        images = [{"bytes": encoded(number), "path": f"{number}.jpg"} for number in range(5)]
+        pq.write_table(pa.table({"image": images, "label": range(5)}), path)
+    else:
+        with tarfile.open(path, "w") as tar:
+            for number in range(5):
+                member = tarfile.TarInfo(f"{number}.jpg")
+                member.size = len(encoded(number))
+                tar.addfile(member, io.BytesIO(encoded(number)))
+    source = {"path": str(path), "format": format}
+    (tmp_path / "model").symlink_to(tiny_checkpoint)
+    settings = annotate_settings(tmp_path, sources=[source], prompt="Describe it.")
+    manifest = annotate_here(settings)
+    assert (manifest.rows, manifest.errors) == (5, {})
+    write_processor(tmp_path)
+    captions = {"path": f"{settings.output}/parts/photos/*.parquet", "format": "parquet", "name": "captions"}
+    shards = str(tmp_path / "shards")
+    assert prepare_here(prepare_settings(tmp_path, sources=[captions], layout="caption", output=shards)).written == 5
+    # There is nothing to learn from the images themselves.
+    with pytest.raises(PublishError, match="conversation_empty 5.*jobs/annotate.py"):
+        prepare_here(prepare_settings(tmp_path, sources=[source], output=str(tmp_path / "none")))
 
 
 def test_answers_may_lie_below_the_images(tmp_path: Path, tiny_checkpoint: Path) -> None:

@@ -156,6 +156,8 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         with pytest.raises(FileFormatError, match=f"{tmp_path}/{name}: {message}"):
             read_rows("parquet", tmp_path / name)
     pq.write_table(pa.table({"title": ["Q"]}), path)
+    with pytest.raises(FileFormatError, match="or image alone"):
+        read_rows("parquet", path)
     with pytest.raises(FileFormatError, match="has the columns title; one of conversations, messages and question"):
         read_rows("parquet", path)
 

@@ -117,8 +117,8 @@ def test_files_that_belong_to_no_sample_are_passed_over(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "reason", "detail"),
     [
-        ({"0.jpg": b"x"}, "row_malformed", "has jpg, but neither a json"),
-        ({"0.jpg": b"x", "0.cls": b"3"}, "row_malformed", "has cls, jpg"),
+        ({"0.cls": b"3"}, "row_malformed", "has cls, but neither a json"),
+        ({"0.jpg": b"x", "0.json": {"caption": 3}}, "row_malformed", "has jpg, json, but neither a json"),
         ({"0.jpg": b"x", "0.json": b"{"}, "row_malformed", "not valid JSON"),
         ({"0.jpg": b"x", "0.json": b"[]"}, "row_malformed", "a row is an object, this is an empty list"),
         ({"0.jpg": b"x", "0.txt": b"\xff"}, "row_malformed", "the txt is not UTF-8"),

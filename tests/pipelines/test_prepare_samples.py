@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
@@ -27,9 +28,11 @@ from tests.memory import peak_growth
 from tests.preparation import plan_terms
 
 
-def make(path: Path, processor: FlashSlothProcessor, root: Path | None, **change: Any) -> list[dict[str, Any]]:
+def make(
+    path: Path, processor: FlashSlothProcessor, root: Path | None, format: str = "llava", **change: Any
+) -> list[dict[str, Any]]:
     """All samples of the corpus at `path`, as one chunk."""
-    [source] = source_terms([SourceSettings(path=str(path), image_root=str(root) if root else None)])
+    [source] = source_terms([SourceSettings(path=str(path), format=format, image_root=str(root) if root else None)])
     terms = plan_terms([source], chunk_rows=100, **change)
     [chunk] = index_files(range(1), [source], [str(path)], 100)
     maker = SampleMaker(terms, [SourceFiles(str(path), str(root) if root else None)], processor)
@@ -69,6 +72,14 @@ def test_caption_layout_keeps_the_instruction_in_the_messages(tmp_path: Path, pr
     [sample] = make(write_corpus(tmp_path, [row(0, conversations=turns)]), processor, tmp_path, layout="caption")
     assert sample["messages"][0] == {"role": "user", "content": "Describe it."}
     assert sample["input_ids"] == processor.encode(sample["messages"], True, "caption")["input_ids"]
+
+
+def test_an_image_without_text_says_what_writes_one(tmp_path: Path, processor: FlashSlothProcessor) -> None:
+    path = tmp_path / "photos.parquet"
+    pq.write_table(pa.table({"image": [{"bytes": encoded(0), "path": "a.jpg"}]}), path)
+    [sample] = make(path, processor, tmp_path, format="parquet")
+    assert sample["reason"] == "conversation_empty"
+    assert sample["detail"].endswith("an image without text is for jobs/annotate.py, which writes one")
 
 
 def test_a_caption_in_the_chat_layout_says_which_layout_it_is_for(
