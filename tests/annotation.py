@@ -16,7 +16,7 @@ from pipelines.annotation.ledger import AnnotationLedger, AnnotationManifest
 from pipelines.annotation.plan import AnnotationPlan, make_terms
 from pipelines.annotation.pool import make_asker
 from pipelines.annotation.settings import AnnotateSettings
-from pipelines.preparation.plan import check_rows, index_files, scans
+from pipelines.preparation.chunks import check_rows, index_files, scans
 from pipelines.preparation.row_images import source_files
 from pipelines.preparation.settings import CONFIG_NAME
 from pipelines.settings import dump_settings

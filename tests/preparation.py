@@ -10,9 +10,10 @@ import pyarrow as pa
 
 from pipelines import storage
 from pipelines.preparation.chain import FeatureActor, Work, write_chunk
+from pipelines.preparation.chunks import check_rows, index_files, scans
 from pipelines.preparation.ledger import Ledger
 from pipelines.preparation.pinning import find_pins
-from pipelines.preparation.plan import Plan, Terms, check_rows, index_files, load_plan, scans
+from pipelines.preparation.plan import Plan, Terms, load_plan
 from pipelines.preparation.processor import load_processor
 from pipelines.preparation.row_images import SourceFiles
 from pipelines.preparation.samples import SampleMaker

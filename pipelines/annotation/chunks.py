@@ -17,7 +17,7 @@ from pipelines.annotation.ledger import PartReceipt
 from pipelines.annotation.parts import Answered, PartRow, describe, part_name, serialize
 from pipelines.annotation.plan import AnnotationPlan, AnnotationTerms
 from pipelines.annotation.questions import ask, row_seed
-from pipelines.preparation.plan import Chunk, read_chunk
+from pipelines.preparation.chunks import Chunk, read_chunk
 from pipelines.preparation.row_images import ImageFolder, SourceFiles, with_images
 from pipelines.preparation.sources import SourceTerms, row_key
 from pipelines.records import Message, Row, RowError

@@ -17,7 +17,7 @@ from ray.data.context import AutoscalingConfig
 from pipelines.annotation.ledger import PartReceipt
 from pipelines.annotation.plan import AnnotationPlan
 from pipelines.annotation.settings import AnnotateSettings
-from pipelines.preparation.plan import Chunk
+from pipelines.preparation.chunks import Chunk
 from pipelines.preparation.row_images import SourceFiles
 from pipelines.ray_tasks import CRASHES, WHOLE_BLOCK, carried, column, named, quiet_context
 

@@ -9,7 +9,8 @@ from pipelines import storage
 from pipelines.annotation.ledger import AnnotationManifest
 from pipelines.annotation.parts import PartEntry, describe
 from pipelines.annotation.plan import AnnotationPlan, load_plan
-from pipelines.preparation.plan import PLAN_NAME, Chunk
+from pipelines.preparation.chunks import Chunk
+from pipelines.preparation.plan import PLAN_NAME
 from pipelines.records import FileFormatError
 from pipelines.shards.receipts import AccountingError, account
 from pipelines.stored_models import StoredModelError

@@ -22,10 +22,11 @@ from ray.exceptions import RayError
 
 from flashsloth import FlashSlothProcessor
 from pipelines.encode import PatchEncoder
+from pipelines.preparation.chunks import Chunk
 from pipelines.preparation.facts import chunk_facts
 from pipelines.preparation.features import with_features
 from pipelines.preparation.image_pins import ImagePins
-from pipelines.preparation.plan import Chunk, Plan, Terms
+from pipelines.preparation.plan import Plan, Terms
 from pipelines.preparation.row_images import SourceFiles
 from pipelines.preparation.samples import SampleMaker
 from pipelines.preparation.settings import EncoderSettings

@@ -9,7 +9,8 @@ from itertools import islice
 
 import numpy as np
 
-from pipelines.preparation.plan import Chunk, Plan, read_chunk
+from pipelines.preparation.chunks import Chunk, read_chunk
+from pipelines.preparation.plan import Plan
 from pipelines.preparation.row_images import SourceFiles, fetch_image, row_image
 from pipelines.records import Record, RowError
 

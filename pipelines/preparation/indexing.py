@@ -8,9 +8,9 @@ from typing import Any
 import ray
 from ray import ObjectRef
 
+from pipelines.preparation.chunks import Chunk, check_rows, index_files, scans
 from pipelines.preparation.image_pins import ImagePins
 from pipelines.preparation.pinning import find_pins
-from pipelines.preparation.plan import Chunk, check_rows, index_files, scans
 from pipelines.preparation.row_images import SourceFiles
 from pipelines.preparation.sources import SourceTerms
 from pipelines.ray_tasks import carried, results

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from pipelines.corpora.spans import MOST_BYTES
+from pipelines.preparation.chunks import Chunk, read_chunk
 from pipelines.preparation.image_pins import ImagePins, image_hash
-from pipelines.preparation.plan import Chunk, read_chunk
 from pipelines.preparation.row_images import MAY_HOLD_IMAGES, SourceFiles, plain_path, row_image
 from pipelines.preparation.sources import SourceTerms
 from pipelines.records import RowError

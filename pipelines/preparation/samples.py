@@ -18,9 +18,10 @@ from flashsloth import FlashSlothImageProcessor, FlashSlothProcessor
 from flashsloth.conversation import ConversationError
 from flashsloth.image_processing_flashsloth import WITH_GIF, ImageError, decode_image
 from pipelines import storage
+from pipelines.preparation.chunks import Chunk, read_chunk
 from pipelines.preparation.facts import FACT_COLUMNS, Stopwatch, thumbnail
 from pipelines.preparation.image_pins import ImagePins
-from pipelines.preparation.plan import Chunk, Terms, read_chunk
+from pipelines.preparation.plan import Terms
 from pipelines.preparation.row_images import ImageFolder, SourceFiles, with_images
 from pipelines.preparation.sources import row_key
 from pipelines.records import Record, Row, RowError, shortened

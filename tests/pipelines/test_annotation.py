@@ -252,7 +252,7 @@ def test_images_without_any_text_are_captioned_and_prepared(tmp_path: Path, tiny
     shards = str(tmp_path / "shards")
     assert prepare_here(prepare_settings(tmp_path, sources=[captions], layout="caption", output=shards)).written == 5
     # There is nothing to learn from the images themselves.
-    with pytest.raises(PublishError, match="conversation_empty 5.*jobs/annotate.py"):
+    with pytest.raises(PublishError, match=r"conversation_empty 5.*jobs/annotate.py"):
         prepare_here(prepare_settings(tmp_path, sources=[source], output=str(tmp_path / "none")))
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from pipelines import storage
 from pipelines.corpora import images
-from pipelines.preparation.plan import index_files, read_chunk
+from pipelines.preparation.chunks import index_files, read_chunk
 from pipelines.preparation.settings import PrepareSettings, SourceSettings
 from pipelines.preparation.sources import PlanError, source_terms
 from pipelines.records import Record

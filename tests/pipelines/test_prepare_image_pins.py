@@ -13,9 +13,10 @@ import pytest
 
 from jobs.prepare import main
 from pipelines import storage, storage_states
+from pipelines.preparation.chunks import Chunk, index_files
 from pipelines.preparation.image_pins import ImagePins, image_hash
 from pipelines.preparation.pinning import find_pins, list_images, named_images, stretches
-from pipelines.preparation.plan import Chunk, index_files, load_plan
+from pipelines.preparation.plan import load_plan
 from pipelines.preparation.row_images import SourceFiles
 from pipelines.preparation.settings import SourceSettings
 from pipelines.preparation.sources import PlanError, source_terms

@@ -15,9 +15,10 @@ from s3fs import S3FileSystem
 
 from pipelines.corpora import llava
 from pipelines.corpora.spans import Span, group
+from pipelines.preparation.chunks import check_rows, index_files
 from pipelines.preparation.image_pins import ImagePins
 from pipelines.preparation.pinning import find_pins
-from pipelines.preparation.plan import Plan, check_rows, index_files
+from pipelines.preparation.plan import Plan
 from pipelines.preparation.row_images import SourceFiles
 from pipelines.preparation.settings import SourceSettings
 from pipelines.preparation.sources import source_terms

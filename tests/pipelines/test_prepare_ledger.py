@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines import storage
+from pipelines.preparation.chunks import Chunk
 from pipelines.preparation.ledger import Ledger
-from pipelines.preparation.plan import Chunk, Plan, Terms, check_terms, load_plan
+from pipelines.preparation.plan import Plan, Terms, check_terms, load_plan
 from pipelines.preparation.receipt_book import PublishError
 from pipelines.preparation.sources import PlanError, SourceTerms
 from pipelines.shards import Manifest

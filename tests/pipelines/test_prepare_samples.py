@@ -16,7 +16,7 @@ from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
 from flashsloth.image_processing_flashsloth import decode_image
 from pipelines import storage
 from pipelines.preparation.chain import FeatureActor
-from pipelines.preparation.plan import index_files
+from pipelines.preparation.chunks import index_files
 from pipelines.preparation.row_images import SourceFiles, fetch_image
 from pipelines.preparation.samples import WORK_SCHEMA, SampleMaker
 from pipelines.preparation.settings import EncoderSettings, SourceSettings

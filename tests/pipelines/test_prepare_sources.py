@@ -12,8 +12,9 @@ import pytest
 from pipelines import corpora, prepare, storage
 from pipelines.annotation.plan import make_terms
 from pipelines.preparation import plan
+from pipelines.preparation.chunks import Chunk, check_rows, index_files, read_chunk, scans
 from pipelines.preparation.code import code_files, code_identity
-from pipelines.preparation.plan import Chunk, check_rows, check_terms, index_files, read_chunk, scans
+from pipelines.preparation.plan import check_terms
 from pipelines.preparation.processor import load_processor
 from pipelines.preparation.settings import PrepareSettings, SourceSettings
 from pipelines.preparation.sources import PlanError, SourceTerms, check_output, source_terms
