@@ -24,6 +24,7 @@ from pipelines.ray_session import start_ray
 from pipelines.serving.checkpoint_files import checkpoint_identity
 from pipelines.settings import dump_settings
 from pipelines.shards.manifest import MANIFEST_NAME
+from pipelines.shards.receipts import describe_done
 
 _TOKEN = "OPENAI_API_KEY"  # of the environment: a secret is no argument, so it reaches no recipe and no log
 
@@ -53,9 +54,12 @@ def annotate(settings: AnnotateSettings) -> AnnotationManifest | None:
         check_writable(output, settings)
     start_ray()
     files = source_files(terms.sources)
+    is_new = plan is None
     plan = plan or AnnotationPlan(terms=terms, chunks=plan_chunks(terms.sources, files, terms.chunk_rows))
     print(plan.describe(f"answers as {terms.format}"), flush=True)
     if settings.dry_run:
+        if not is_new:
+            print(describe_done(output, len(plan.chunks)), flush=True)
         return None
     ledger = AnnotationLedger(output, plan, settings.max_error_share)
     storage.write_bytes(storage.join(output, CONFIG_NAME), dump_settings(settings).encode())

@@ -29,7 +29,7 @@ from pipelines.preparation.work_loop import work_off
 from pipelines.ray_session import start_ray
 from pipelines.settings import dump_settings
 from pipelines.shards.manifest import MANIFEST_NAME, Manifest
-from pipelines.shards.receipts import Receipt, receipt_name
+from pipelines.shards.receipts import Receipt, describe_done, receipt_name
 
 # A worker holds a chunk twice (samples, shard). Larger ones leave workers idle at the end, while the last is done;
 # smaller ones cost the driver, which spends about 25 ms on each.
@@ -68,6 +68,8 @@ def prepare(settings: PrepareSettings) -> Manifest | None:
     print(plan.describe(f"images as {terms.payload}"), flush=True)
     if settings.dry_run:
         print(f"about {estimate_bytes(plan, files) / 1e9:,.3f} GB of shards, by a look at a few chunks", flush=True)
+        if not is_new:
+            print(describe_done(output, len(plan.chunks)), flush=True)
         return None
     if is_new and pins:
         pins.store(output)

@@ -156,6 +156,9 @@ def _place(path: str) -> str:
     return os.path.realpath(place) if storage.is_local(path) else f"{type(file_system).__name__}:{place}"
 
 
+_PATTERNS = {"parquet": "*.parquet", "webdataset": "*.tar"}
+
+
 def _file_terms(named: tuple[SourceSettings, str, str]) -> SourceTerms:
     source, name, path = named
     try:
@@ -165,6 +168,6 @@ def _file_terms(named: tuple[SourceSettings, str, str]) -> SourceTerms:
     except IsADirectoryError as error:
         raise PlanError(
             f"source '{source.name}': {path} is a folder; for all of its files write a pattern, such as "
-            f"{storage.join(path, '*.json')}"
+            f"{storage.join(path, _PATTERNS.get(source.format, '*.json'))}"
         ) from error
     return SourceTerms(**{**source.model_dump(), "name": name, "path": path}, fingerprint=fingerprint)

@@ -135,10 +135,18 @@ def load_receipt(kind: type[ReceiptKind], uri: str) -> ReceiptKind:
 
 def load_receipts(kind: type[ReceiptKind], folder: str) -> Iterator[ReceiptKind]:
     """The receipts of the dataset in `folder`, many read at a time. Raises: as `load_receipt`."""
-    names = [name for name in storage.list_names(storage.join(folder, RECEIPT_FOLDER)) if name.endswith(".json")]
-    uris = [storage.join(folder, RECEIPT_FOLDER, name) for name in names]
+    uris = [storage.join(folder, RECEIPT_FOLDER, name) for name in _names(folder)]
     for uri, data in zip(uris, storage.read_many(uris), strict=True):
         yield parse_model(kind, uri, data, _WHAT, _REMEDY)
+
+
+def describe_done(folder: str, num_chunks: int) -> str:
+    """How far an output is that an earlier run has begun, in a line."""
+    return f"{len(_names(folder)):,} of {num_chunks:,} chunks are done already"
+
+
+def _names(folder: str) -> list[str]:
+    return [name for name in storage.list_names(storage.join(folder, RECEIPT_FOLDER)) if name.endswith(".json")]
 
 
 def receipt_name(chunk: int) -> str:

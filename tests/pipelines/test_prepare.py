@@ -135,6 +135,12 @@ def test_dry_run_counts_and_writes_nothing(tmp_path: Path, capsys: pytest.Captur
     assert "12 rows in 3 chunks, images as pixels\n" in out
     assert f"corpus: 12 rows of {tmp_path / 'corpus.jsonl'}" in out
     assert not (tmp_path / "out").exists()
+    prepare(recipe(tmp_path))
+    (tmp_path / "out" / "manifest.json").unlink()
+    next((tmp_path / "out" / "receipts").iterdir()).unlink()
+    capsys.readouterr()
+    assert prepare(recipe(tmp_path, dry_run=True)) is None
+    assert "2 of 3 chunks are done already\n" in capsys.readouterr().out
 
 
 def test_empty_corpus_and_broken_file_are_errors(tmp_path: Path) -> None:

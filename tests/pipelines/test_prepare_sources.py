@@ -196,11 +196,12 @@ def test_mistakes_in_a_source_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.s3
-@pytest.mark.parametrize("form", ["llava", "parquet", "webdataset"])
-def test_a_prefix_or_a_bucket_is_a_folder(s3_uri: str, form: str) -> None:
+@pytest.mark.parametrize(("form", "files"), [("llava", "*.json"), ("parquet", "*.parquet"), ("webdataset", "*.tar")])
+def test_a_prefix_or_a_bucket_is_a_folder(s3_uri: str, form: str, files: str) -> None:
     storage.write_bytes(f"{s3_uri}/data/a.jsonl", b"{}")
     for path in (f"{s3_uri}/data", f"{s3_uri}/data/", s3_uri, f"{s3_uri}/"):
-        message = f"source 'mix': {path} is a folder; for all of its files write a pattern, such as {path.rstrip('/')}/"
+        message = f"source 'mix': {path} is a folder; for all of its files write a pattern, such as "
+        message += f"{path.rstrip('/')}/{files}"
         with pytest.raises(PlanError, match=re.escape(message)):
             source_terms([SourceSettings(path=path, name="mix", format=form)])
     with pytest.raises(storage.StorageError, match=r"^s3://bucket\*/a\.jsonl: cannot be looked for \(Cannot traverse"):
