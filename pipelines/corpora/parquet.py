@@ -14,15 +14,13 @@ larger than it: the hub's have 100 rows where there are images, 1000 otherwise.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from itertools import accumulate, pairwise
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines import storage
-from pipelines.corpora import fields, messages, questions, sharegpt
+from pipelines.corpora import fields, messages, questions, row_groups, sharegpt
 from pipelines.corpora.spans import Extent, Span
 from pipelines.records import FileFormatError, Record, Row, RowError
 
@@ -39,21 +37,15 @@ def scan(path: str) -> Iterator[Extent]:
     """The rows of the file `path`, by number; only its footer is read."""
     with storage.open_file(path) as file:
         metadata = _open(file, path).metadata
-    row = 0
-    for number in range(metadata.num_row_groups):
-        group = metadata.row_group(number)
-        size = _size(group) // max(1, group.num_rows)
-        for _ in range(group.num_rows):
-            yield Extent(row, row + 1, row + 1, size)
-            row += 1
+    return row_groups.extents(metadata, _COLUMNS)
 
 
 def read(path: str, span: Span) -> Iterator[Row]:
     """The rows of `span`, in order, out of the row groups that hold them; a bad one carries a RowError."""
-    with storage.open_file(path) as file, _naming(f"{path}: rows {span.start} to {span.stop}"):
+    with storage.open_file(path) as file, row_groups.naming(f"{path}: rows {span.start} to {span.stop}"):
         table = _open(file, path)
         columns = [name for name in table.schema_arrow.names if name in _COLUMNS]
-        groups, first = _groups(table.metadata, span)
+        groups, first = row_groups.holding(table.metadata, span)
         for batch in table.iter_batches(_BATCH_ROWS, groups, columns):
             for row in range(max(span.start - first, 0), min(span.stop - first, batch.num_rows)):
                 yield Row(first + row, f"{path} (row {first + row})", _content(batch, row))
@@ -62,43 +54,15 @@ def read(path: str, span: Span) -> Iterator[Row]:
                 break
 
 
-def _size(group: pq.RowGroupMetaData) -> int:
-    """Bytes of the columns of `group` that are read; values that repeat, of which it keeps one, count once."""
-    columns = map(group.column, range(group.num_columns))
-    return sum(each.total_uncompressed_size for each in columns if each.path_in_schema.split(".")[0] in _COLUMNS)
-
-
-def _groups(metadata: pq.FileMetaData, span: Span) -> tuple[list[int], int]:
-    """The row groups that hold `span`, and the number of the first row in them."""
-    starts = [0, *accumulate(metadata.row_group(number).num_rows for number in range(metadata.num_row_groups))]
-    held = [n for n, (start, stop) in enumerate(pairwise(starts)) if start < span.stop and stop > span.start]
-    return held, starts[held[0]]
-
-
 def _open(file: Any, path: str) -> pq.ParquetFile:
-    with _naming(f"{path}: no Parquet file"):
-        # Buffered: columns of images are read page by page, not whole row groups at a time.
-        table = pq.ParquetFile(file, buffer_size=2**20)
+    table = row_groups.open_table(file, path, _COLUMNS)
     names = set(table.schema_arrow.names)
-    twice = next((name for name in _COLUMNS if table.schema_arrow.names.count(name) > 1), None)
-    if twice is not None:
-        raise FileFormatError(f"{path}: has two columns {twice!r}, of which one would be lost; rename one")
     if not names & {*_TEXTS, "image", "images"} or names >= {"conversations", "messages"}:
         raise FileFormatError(
             f"{path}: has the columns {', '.join(sorted(names))}; one of conversations, messages and question must be "
             "there, or image alone"
         )
     return table
-
-
-@contextmanager
-def _naming(what: str) -> Iterator[None]:
-    try:
-        yield
-    except (pa.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # of the disk or the store; Arrow's own have no number
-        raise FileFormatError(f"{what}: {error}") from error
 
 
 def _content(batch: pa.RecordBatch, row: int) -> Record | RowError:

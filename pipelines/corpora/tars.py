@@ -1,10 +1,11 @@
-"""The files in a tar, as WebDataset's samples lie in it."""
+"""The files in a tar, and the samples that they make in WebDataset."""
 
 from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from itertools import groupby
 from typing import BinaryIO
 
 from pipelines.records import FileFormatError
@@ -55,3 +56,29 @@ def members(file: BinaryIO | io.BytesIO, path: str, ends: bool) -> Iterator[tarf
         if block.strip(b"\0"):
             raise FileFormatError(f"{path}: damaged near byte {file.tell() - len(block)}: neither a file nor the end")
         block = file.read(2**20)
+
+
+def samples(
+    members: Iterator[tarfile.TarInfo], read: Collection[str]
+) -> Iterator[tuple[str, Iterator[tarfile.TarInfo]]]:
+    """The name and the members of each sample; links to what would not be read are passed over.
+
+    So are files whose name begins with a dot or has none, as in WebDataset: macOS puts a ._0.jpg before each 0.jpg.
+
+    Args:
+        members: of the tar.
+        read: suffixes of the files that are read.
+    """
+    kept = (each for each in members if _belongs(each.name) and (not is_link(each) or split(each.name)[1] in read))
+    return groupby(kept, key=lambda member: split(member.name)[0])
+
+
+def split(name: str) -> tuple[str, str]:
+    """What the files of a sample share of their names, and the suffix."""
+    folder, slash, base = name.removeprefix("./").rpartition("/")
+    stem, _, suffix = base.partition(".")
+    return folder + slash + stem, suffix.lower()
+
+
+def _belongs(name: str) -> bool:
+    return name.rpartition("/")[2].find(".") > 0

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from itertools import groupby
 from tarfile import TarInfo
 
 from pipelines import storage
@@ -38,7 +37,7 @@ def scan(path: str) -> Iterator[Extent]:
     """
     with storage.open_file(path) as file:
         members = tars.members(file, path, ends=True)
-        for row, (_, sample) in enumerate(_samples(members)):
+        for row, (_, sample) in enumerate(tars.samples(members, _READ)):
             first, *others = sample
             last = others[-1] if others else first
             start, stop = first.offset, tars.stop(last)
@@ -48,11 +47,11 @@ def scan(path: str) -> Iterator[Extent]:
 def read(path: str, span: Span) -> Iterator[Row]:
     """The samples of `span`, in order; one that is no record carries a RowError."""
     file = io.BytesIO(storage.read_range(path, span.start, span.stop))
-    samples = _samples(tars.members(file, path, ends=False))
+    samples = tars.samples(tars.members(file, path, ends=False), _READ)
     for position, (name, sample) in enumerate(samples, start=span.first_row):
         files, links = [], []
         for each in sample:
-            suffix = _split(each.name)[1]
+            suffix = tars.split(each.name)[1]
             if tars.is_link(each):
                 links.append((suffix, each))
             else:
@@ -63,21 +62,6 @@ def read(path: str, span: Span) -> Iterator[Row]:
         except RowError as error:
             content = error
         yield Row(position, f"{path}:{name} (sample {position})", content)
-
-
-def _samples(members: Iterator[TarInfo]) -> Iterator[tuple[str, Iterator[TarInfo]]]:
-    """The name and the members of each sample; links to what would not be read are passed over.
-
-    So are files whose name begins with a dot or has none, as in WebDataset: macOS puts a ._0.jpg before each 0.jpg.
-    """
-    kept = (
-        each for each in members if _belongs(each.name) and (not tars.is_link(each) or _split(each.name)[1] in _READ)
-    )
-    return groupby(kept, key=lambda member: _split(member.name)[0])
-
-
-def _belongs(name: str) -> bool:
-    return name.rpartition("/")[2].find(".") > 0
 
 
 def _record(name: str, files: list[tuple[str, bytes]], links: list[tuple[str, TarInfo]]) -> Record:
@@ -124,10 +108,3 @@ def _caption(row: dict[str, object], held: dict[str, bytes], own_id: str) -> lis
         raise RowError("row_malformed", detail, own_id)
     answer = fields.text(caption.strip(), "caption", own_id)
     return [Message(role="user", content=""), Message(role="assistant", content=answer)]
-
-
-def _split(name: str) -> tuple[str, str]:
-    """What the files of a sample share of their names, and the suffix."""
-    folder, slash, base = name.removeprefix("./").rpartition("/")
-    stem, _, suffix = base.partition(".")
-    return folder + slash + stem, suffix.lower()
