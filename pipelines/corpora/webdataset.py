@@ -5,9 +5,9 @@
     a/000017.txt     or a caption instead; `{"caption"}` in the json does as well (img2dataset writes both)
 
 A caption becomes an answer to an empty question, which the caption layout throws away anyhow. An image without any text
-is there to be annotated: nothing can be learned from it. A scan reads the headers
-alone where the tar lies on a disk, and a chunk is one range of bytes. A tar that is compressed cannot be read so.
-A link to another file is not followed, which may lie far from the chunk: its sample is quarantined.
+is there to be annotated: nothing can be learned from it. A scan reads the headers alone where the tar lies on a disk,
+and a chunk is one range of bytes. A tar that is compressed cannot be read so. A link to another file is not followed,
+which may lie far from the chunk: its sample is quarantined.
 """
 
 from __future__ import annotations

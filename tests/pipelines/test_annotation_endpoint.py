@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import base64
-import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,81 +20,10 @@ from pipelines.annotation.settings import EndpointSettings
 from pipelines.preparation.sources import PlanError
 from pipelines.serving.completions import fingerprint
 from tests.annotation import annotate_here, annotate_settings, rows_of
+from tests.chat_service import UNROUTED, Service, completion, refusal
 from tests.corpus import encoded, picture, write_corpus
 
 NUM_ROWS = 10
-UNROUTED = "Path '/v1/models' not found. Ping http://.../-/routes for available routes."  # in Ray Serve's words
-
-
-class Service(ThreadingHTTPServer):
-    """Answers as `reply(number of the request, body)` says: a status and a JSON value."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
-        self.asked: list[dict[str, Any]] = []
-        self.tokens: set[str | None] = set()
-        self.models: list[str] | None = ["tiny"]
-        self.hashes: dict[str, str] = {}
-        self.reply: Callable[[int, dict[str, Any]], tuple[int, Any]] = lambda number, body: (200, completion("Yes."))
-        self.retry_after = "0"
-        self.unrouted = 0  # requests for the list of models that come too early
-        self.lock = threading.Lock()
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: Service
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-    def do_GET(self) -> None:
-        with self.server.lock:
-            if self.server.unrouted > 0:
-                self.server.unrouted -= 1
-                return self._answer(404, UNROUTED)
-        if self.server.models is None:
-            return self._answer(404, {"detail": "Not Found"})
-        hashes = {name: {"hash": self.server.hashes[name]} for name in self.server.hashes}
-        data = [{"id": name, "object": "model", **hashes.get(name, {})} for name in self.server.models]
-        self._answer(200, {"object": "list", "data": data})
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.server.lock:
-            number = len(self.server.asked)
-            self.server.asked.append(body)
-            self.server.tokens.add(self.headers.get("Authorization"))
-        self._answer(*self.server.reply(number, body))
-
-    def _answer(self, status: int, value: Any) -> None:
-        data = value.encode() if isinstance(value, str) else json.dumps(value).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        if status in (429, 503):
-            self.send_header("Retry-After", self.server.retry_after)
-        self.end_headers()
-        self.wfile.write(data)
-
-
-def completion(text: str | None, reason: str = "stop", tokens: int = 2) -> dict[str, Any]:
-    message = {"role": "assistant", "content": text}
-    return {
-        "id": "1",
-        "object": "chat.completion",
-        "created": 0,
-        "model": "tiny",
-        "choices": [{"index": 0, "message": message, "finish_reason": reason}],
-        "usage": {"prompt_tokens": 7, "completion_tokens": tokens, "total_tokens": 7 + tokens},
-    }
-
-
-def refusal(message: str, code: str) -> dict[str, Any]:
-    return {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": code}}
 
 
 @pytest.fixture
@@ -256,7 +183,7 @@ def test_what_is_no_completion_fails_the_row_or_all_of_them(
 
 @pytest.mark.parametrize("answer", ["<html>Welcome!</html>", "{", "[]", '{"data": null}'])
 def test_what_is_no_list_of_models_is_called_so(answer: str, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_Handler, "do_GET", lambda handler: handler._answer(200, answer))
+    monkeypatch.setattr(service.RequestHandlerClass, "do_GET", lambda handler: handler._answer(200, answer))
     with pytest.raises(EndpointError, match=f"{service.url}: answers what is no list of models: .*endpoint.url is the"):
         served_model(EndpointSettings(url=service.url), "t")
 

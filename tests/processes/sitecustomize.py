@@ -6,6 +6,7 @@ transformers reads each of its 1,600 model files, twice, to see which names they
 import the model. Here the first process writes down what that gives, and the others read it.
 """
 
+import contextlib
 import gc
 import importlib.util
 import marshal
@@ -53,10 +54,11 @@ def _kept(scan: Callable[..., Any]) -> Callable[..., Any]:
             return marshal.loads(file.read_bytes())
         except (OSError, EOFError, ValueError, TypeError):
             found = scan(module_path, prefix)
-        file.parent.mkdir(exist_ok=True)
-        own = file.with_suffix(f".{os.getpid()}")
-        own.write_bytes(marshal.dumps(found))
-        own.replace(file)
+        with contextlib.suppress(OSError):  # a working copy that may not be written to only costs time
+            file.parent.mkdir(exist_ok=True)
+            own = file.with_suffix(f".{os.getpid()}")
+            own.write_bytes(marshal.dumps(found))
+            own.replace(file)
         return found
 
     return read_or_scan
