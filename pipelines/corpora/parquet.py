@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines import storage
-from pipelines.corpora import fields, messages, questions, row_groups, sharegpt
+from pipelines.corpora import fields, messages, questions, row_groups, sharegpt, typed_content
 from pipelines.corpora.spans import Extent, Span
 from pipelines.records import FileFormatError, Record, Row, RowError
 
@@ -72,7 +72,7 @@ def _content(batch: pa.RecordBatch, row: int) -> Record | RowError:
         for field in ("image", "images"):
             held = value.get(field)
             value[field] = [_image(each, own_id) for each in held] if isinstance(held, list) else _image(held, own_id)
-        for part in _image_parts(value.get("messages")):
+        for part in typed_content.image_parts(value.get("messages")):
             part["image"] = _image(part.get("image"), own_id)
         return next((record for field, record in _TEXTS.items() if field in value), _image_alone)(value)
     except UnicodeDecodeError as error:
@@ -84,15 +84,6 @@ def _content(batch: pa.RecordBatch, row: int) -> Record | RowError:
 def _image_alone(row: dict[str, Any]) -> Record:
     own_id = fields.own_id(row)
     return Record([], own_id, fields.one_image(fields.images(row, own_id), own_id))
-
-
-def _image_parts(turns: Any) -> Iterator[dict[str, Any]]:
-    """The parts of typed content that are images, of whatever the row holds as chat messages."""
-    for turn in turns if isinstance(turns, list) else []:
-        content = turn.get("content") if isinstance(turn, dict) else None
-        for part in content if isinstance(content, list) else []:
-            if isinstance(part, dict) and part.get("type") == "image":
-                yield part
 
 
 def _image(value: Any, own_id: str) -> Any:

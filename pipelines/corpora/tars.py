@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from itertools import groupby
 from typing import BinaryIO
 
-from pipelines.records import FileFormatError
+from pipelines.records import FileFormatError, RowError
 
 BLOCK = tarfile.BLOCKSIZE
 """Bytes; a file's place in a tar is a multiple of it."""
@@ -71,6 +71,15 @@ def samples(
     """
     kept = (each for each in members if _belongs(each.name) and (not is_link(each) or split(each.name)[1] in read))
     return groupby(kept, key=lambda member: split(member.name)[0])
+
+
+def refuse_links(links: Iterable[tarfile.TarInfo], image_suffixes: Collection[str], own_id: str) -> None:
+    """Raise RowError for the first of the `links` in a sample."""
+    for link in links:
+        reason = "image_not_a_file" if split(link.name)[1] in image_suffixes else "row_malformed"
+        remedy = "--hard-dereference" if link.islnk() else "--dereference"
+        detail = f"{link.name} is a link to {link.linkname}, not a file in the tar; pack it with tar {remedy}"
+        raise RowError(reason, detail, own_id)
 
 
 def split(name: str) -> tuple[str, str]:

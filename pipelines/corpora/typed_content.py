@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from pipelines.corpora import fields
 from pipelines.records import RowError
 
+_ADDRESSES = ("image", "url", "path")
 _IN_ROW = object()  # an image part that leaves the address to the row
 
 
@@ -26,7 +28,7 @@ def parts(role: str, content: Any, number: int, own_id: str) -> tuple[str, list[
             url = part.get("image_url")
             images.append(url.get("url") if isinstance(url, dict) else url)
         elif part.get("type") == "image":
-            named = (part[name] for name in ("image", "url", "path") if part.get(name) not in (None, ""))
+            named = (part[name] for name in _ADDRESSES if part.get(name) not in (None, ""))
             images.append(next(named, _IN_ROW))
         else:
             detail = f"turn {number}: a part of type {part.get('type')!r}; text, image and image_url are understood"
@@ -46,6 +48,23 @@ def placed(found: list[tuple[str, list[Any]]], beside: list[Any], own_id: str) -
         raise RowError("image_marker_misplaced", f"the image stands in turn {stray}, not in the first question", own_id)
     rest = iter(beside)
     return [loaded(next(rest) if image is _IN_ROW else image, own_id) for image in images]
+
+
+def image_parts(turns: Any) -> Iterator[dict[str, Any]]:
+    """The parts of typed content that are images, of whatever a row holds as chat messages."""
+    for turn in turns if isinstance(turns, list) else []:
+        content = turn.get("content") if isinstance(turn, dict) else None
+        for part in content if isinstance(content, list) else []:
+            if isinstance(part, dict) and part.get("type") == "image":
+                yield part
+
+
+def without_names(turns: Any) -> None:
+    """Let each image part that names a file leave the address to the row; a data URI is no name."""
+    for part in image_parts(turns):
+        for field in _ADDRESSES:
+            if not str(part.get(field)).startswith("data:"):
+                part.pop(field, None)
 
 
 def loaded(address: Any, own_id: str) -> Any:

@@ -4,10 +4,11 @@
     a/000017.json    `{"conversations"}` (ShareGPT's or LLaVA's turns) or `{"messages"}`, with an `id` if there is one
     a/000017.txt     or a caption instead; `{"caption"}` in the json does as well (img2dataset writes both)
 
-A caption becomes an answer to an empty question, which the caption layout throws away anyhow. An image without any text
-is there to be annotated: nothing can be learned from it. A scan reads the headers alone where the tar lies on a disk,
-and a chunk is one range of bytes. A tar that is compressed cannot be read so. A link to another file is not followed,
-which may lie far from the chunk: its sample is quarantined.
+What a json calls its image is a name from before the tar, and is passed over. A caption becomes an answer to an empty
+question, which the caption layout throws away anyhow. An image without any text is there to be annotated: nothing can
+be learned from it. A scan reads the headers alone where the tar lies on a disk, and a chunk is one range of bytes. A
+tar that is compressed cannot be read so. A link to another file is not followed, which may lie far from the chunk: its
+sample is quarantined.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Iterator
 from tarfile import TarInfo
 
 from pipelines import storage
-from pipelines.corpora import fields, json_rows, messages, sharegpt, tars
+from pipelines.corpora import fields, json_rows, messages, sharegpt, tars, typed_content
 from pipelines.corpora.spans import Extent, Span
 from pipelines.records import Message, Record, Row, RowError
 
@@ -51,11 +52,11 @@ def read(path: str, span: Span) -> Iterator[Row]:
     for position, (name, sample) in enumerate(samples, start=span.first_row):
         files, links = [], []
         for each in sample:
-            suffix = tars.split(each.name)[1]
             if tars.is_link(each):
-                links.append((suffix, each))
+                links.append(each)
             else:
-                files.append((suffix, file.getbuffer()[each.offset_data :][: each.size].tobytes()))
+                data = file.getbuffer()[each.offset_data :][: each.size]
+                files.append((tars.split(each.name)[1], data.tobytes()))
         content: Record | RowError
         try:
             content = _record(name, files, links)
@@ -64,7 +65,7 @@ def read(path: str, span: Span) -> Iterator[Row]:
         yield Row(position, f"{path}:{name} (sample {position})", content)
 
 
-def _record(name: str, files: list[tuple[str, bytes]], links: list[tuple[str, TarInfo]]) -> Record:
+def _record(name: str, files: list[tuple[str, bytes]], links: list[TarInfo]) -> Record:
     held = dict(files)
     twice = next((suffix for suffix in ("json", "txt") if [each for each, _ in files].count(suffix) > 1), None)
     if twice:
@@ -73,7 +74,7 @@ def _record(name: str, files: list[tuple[str, bytes]], links: list[tuple[str, Ta
     if isinstance(row, RowError):
         raise row
     own_id = fields.own_id(row) or name
-    _check_links(links, own_id)
+    tars.refuse_links(links, IMAGE_SUFFIXES, own_id)
     images = [data for suffix, data in files if suffix in IMAGE_SUFFIXES]
     media = next((suffix for suffix in held if suffix in _OTHER_MEDIA), None)
     if media and not images:
@@ -81,18 +82,11 @@ def _record(name: str, files: list[tuple[str, bytes]], links: list[tuple[str, Ta
     # What the row itself says of images are names that they had before they came into the tar.
     row = {field: value for field, value in row.items() if field != "image"} | {"id": own_id, "images": images}
     if "messages" in row:
+        typed_content.without_names(row["messages"])
         return messages.record(row)
     if "conversations" in row:
         return sharegpt.record(row)
     return fields.record(row, own_id, _caption(row, held, own_id), fields.one_image(images, own_id))
-
-
-def _check_links(links: list[tuple[str, TarInfo]], own_id: str) -> None:
-    for suffix, link in links:
-        reason = "image_not_a_file" if suffix in IMAGE_SUFFIXES else "row_malformed"
-        remedy = "--hard-dereference" if link.islnk() else "--dereference"
-        detail = f"{link.name} is a link to {link.linkname}, not a file in the tar; pack it with tar {remedy}"
-        raise RowError(reason, detail, own_id)
 
 
 def _caption(row: dict[str, object], held: dict[str, bytes], own_id: str) -> list[Message]:

@@ -63,6 +63,17 @@ def test_captions_messages_and_text_alone(tmp_path: Path) -> None:
     assert (fourth.image, len(fourth.messages)) == (None, 2)
 
 
+@pytest.mark.parametrize("field", ["image", "path", "url"])
+def test_what_a_part_calls_its_image_is_a_name_from_before_the_tar(tmp_path: Path, field: str) -> None:
+    part = {"type": "image", field: "train/coco/1.jpg"}
+    question = {"role": "user", "content": [part, {"type": "text", "text": "Q"}]}
+    row = {"messages": [question, {"role": "assistant", "content": "A"}]}
+    path = write(tmp_path / "0.tar", {"0.jpg": b"the image", "0.json": row, "1.json": row})
+    with_image, without = read_rows("webdataset", path)
+    assert records([with_image])[0].image == b"the image"
+    assert error(without).reason == "image_marker_mismatch"  # its image got lost; no other one stands in for it
+
+
 def test_an_image_of_another_kind_is_no_row_of_text(tmp_path: Path) -> None:
     files: dict[str, bytes | dict[str, Any]] = {"0.avif": b"x", "0.txt": b"t", "1.JFIF": b"y", "1.txt": b"t"}
     assert [each.image for each in records(read_rows("webdataset", write(tmp_path / "0.tar", files)))] == [b"x", b"y"]
