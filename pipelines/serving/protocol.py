@@ -9,49 +9,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    ValidationError,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError
 
 from flashsloth.conversation import ConversationError, read_conversation
 from flashsloth.image_processing_flashsloth import ImageError, decode_image, is_data_uri, read_data_uri
 from pipelines.serving.errors import ApiError, unknown_model
 from pipelines.serving.sampling import Sampling
 from pipelines.serving.settings import Limits
+from pipelines.serving.wire import NUMBER, TRUTH, Wire, nothing_but
 
 _TEXT, _PARTS = "<text>", "<parts>"  # a message's content; not to be mixed up with the name of a field
 _SHOWN = 100  # characters of what a client sent, in what it is told of it
 
 
-class _Wire(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nulls(cls, data: Any) -> Any:
-        """A field that is null asks for nothing, whatever it is: clients write out all that their library knows of."""
-        if not isinstance(data, dict):
-            return data
-        return {name: value for name, value in data.items() if value is not None or name in cls.model_fields}
-
-
-class TextPart(_Wire):
+class TextPart(Wire):
     """A part of a message: text."""
 
     type: Literal["text"]
     text: str
 
 
-class ImageUrl(_Wire):
+class ImageUrl(Wire):
     """Where an image is: a data URI or, for hosts that are allowed, an http(s) address."""
 
     url: str
@@ -59,28 +37,18 @@ class ImageUrl(_Wire):
     """"low" shows the model no more of the picture than fits on one tile, which only HD checkpoints can tell."""
 
 
-class ImagePart(_Wire):
+class ImagePart(Wire):
     """A part of a message: an image."""
 
     type: Literal["image_url"]
     image_url: ImageUrl
 
 
-def _nothing_but(*values: Any) -> AfterValidator:
-    """What this service does not do: the field is null, or has one of `values`, which do not ask for it."""
-
-    def check(value: Any) -> None:
-        if value is not None and value not in values:
-            raise PydanticCustomError("unsupported", "the service cannot do what it asks for")
-
-    return AfterValidator(check)
-
-
 def _kind_of_content(content: Any) -> str | None:
     return _TEXT if isinstance(content, str) else _PARTS if isinstance(content, list) else None
 
 
-class ChatMessage(_Wire):
+class ChatMessage(Wire):
     """One turn; an answer of this API can be put back as it came."""
 
     role: Literal["system", "developer", "user", "assistant"]  # the first two are refused later, with a remedy
@@ -89,47 +57,47 @@ class ChatMessage(_Wire):
         | Annotated[list[Annotated[TextPart | ImagePart, Field(discriminator="type")]], Tag(_PARTS)],
         Discriminator(_kind_of_content, "content", "a text, or a list of parts, is expected"),
     ]
-    annotations: Annotated[Any, _nothing_but([])] = None
-    tool_calls: Annotated[Any, _nothing_but([])] = None
+    annotations: Annotated[Any, nothing_but([])] = None
+    tool_calls: Annotated[Any, nothing_but([])] = None
 
 
-class StreamOptions(_Wire):
+class StreamOptions(Wire):
     """What a stream tells beside the answer."""
 
-    include_usage: bool = False
-    include_obfuscation: Annotated[Any, _nothing_but(False)] = None
+    include_usage: Annotated[bool | None, TRUTH] = None
+    include_obfuscation: Annotated[Any, nothing_but(False)] = None
 
 
-class ChatRequest(_Wire):
+class ChatRequest(Wire):
     """The body of `POST /v1/chat/completions`. The temperature defaults to 0: an answer about a picture is no draw."""
 
     model: str
     messages: list[ChatMessage] = Field(min_length=1)
-    max_tokens: int | None = Field(default=None, ge=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1)
-    temperature: float | None = Field(default=None, ge=0, le=2)
-    top_p: float | None = Field(default=None, gt=0, le=1)
+    max_tokens: Annotated[int | None, NUMBER] = Field(default=None, ge=1)
+    max_completion_tokens: Annotated[int | None, NUMBER] = Field(default=None, ge=1)
+    temperature: Annotated[float | None, NUMBER] = Field(default=None, ge=0, le=2)
+    top_p: Annotated[float | None, NUMBER] = Field(default=None, gt=0, le=1)
     stop: Annotated[list[str] | None, BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop)] = None
-    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
-    n: Literal[1] | None = None
-    stream: bool | None = None
+    seed: Annotated[int | None, NUMBER] = Field(default=None, ge=-(2**63), lt=2**63)
+    n: Annotated[Literal[1] | None, NUMBER] = None
+    stream: Annotated[bool | None, TRUTH] = None
     stream_options: StreamOptions | None = None
-    presence_penalty: float | None = Field(default=None, ge=0, le=0)
-    frequency_penalty: float | None = Field(default=None, ge=0, le=0)
+    presence_penalty: Annotated[float | None, NUMBER] = Field(default=None, ge=0, le=0)
+    frequency_penalty: Annotated[float | None, NUMBER] = Field(default=None, ge=0, le=0)
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     metadata: dict[str, str] | None = None
-    service_tier: Annotated[Any, _nothing_but("auto", "default")] = None
-    logprobs: Annotated[Any, _nothing_but(False)] = None
-    top_logprobs: Annotated[Any, _nothing_but(0)] = None
-    logit_bias: Annotated[Any, _nothing_but({})] = None
-    tools: Annotated[Any, _nothing_but([])] = None
-    tool_choice: Annotated[Any, _nothing_but("none", "auto")] = None
-    parallel_tool_calls: Annotated[Any, _nothing_but(False, True)] = None
-    response_format: Annotated[Any, _nothing_but({"type": "text"})] = None
-    modalities: Annotated[Any, _nothing_but(["text"])] = None
-    store: Annotated[Any, _nothing_but(False)] = None
+    service_tier: Annotated[Any, nothing_but("auto", "default")] = None
+    logprobs: Annotated[Any, nothing_but(False)] = None
+    top_logprobs: Annotated[Any, nothing_but(0)] = None
+    logit_bias: Annotated[Any, nothing_but({})] = None
+    tools: Annotated[Any, nothing_but([])] = None
+    tool_choice: Annotated[Any, nothing_but("none", "auto")] = None
+    parallel_tool_calls: Annotated[Any, nothing_but(False, True)] = None
+    response_format: Annotated[Any, nothing_but({"type": "text"})] = None
+    modalities: Annotated[Any, nothing_but(["text"])] = None
+    store: Annotated[Any, nothing_but(False)] = None
 
     @property
     def image_addresses(self) -> list[str]:

@@ -112,7 +112,7 @@ class Service:
             fetched = {url: await self._images.fetch(url) for url in request.image_addresses}
             prompt = await loop.run_in_executor(self._readers, self._encode, request, limits, fetched)
         options = request.stream_options
-        return Question(prompt, bool(request.stream), options is not None and options.include_usage)
+        return Question(prompt, bool(request.stream), options is not None and bool(options.include_usage))
 
     async def check(self) -> None:
         """Raise `ApiError` (503) where no engine answers."""

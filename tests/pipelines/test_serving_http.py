@@ -80,6 +80,7 @@ def test_fields_that_ask_for_nothing_are_taken(client: TestClient) -> None:
     nulls = dict.fromkeys(["audio", "functions", "prediction", "reasoning_effort", "verbosity", "of_next_year"])
     names = {"metadata": {"a": "b"}, "service_tier": "auto", "safety_identifier": "x", "prompt_cache_key": "y"}
     assert post(client, **nulls, **names).status_code == 200
+    assert post(client, stream=True, stream_options={"include_usage": None}).status_code == 200
     image = {"type": "image_url", "image_url": {"url": data_uri(), "detail": None}}
     assert post(client, messages=[user([image, {"type": "text", "text": "What?"}])]).status_code == 200
 
