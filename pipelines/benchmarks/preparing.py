@@ -116,7 +116,7 @@ def start_warm_ray() -> None:
 
     It would end those that are idle and more than there are CPUs.
     """
-    os.environ["RAY_num_workers_soft_limit"] = str(4 * num_cores())  # noqa: SIM112 (Ray's own spelling)
+    os.environ["RAY_num_workers_soft_limit"] = str(2 * num_cores())  # noqa: SIM112 (Ray's own spelling)
     start_ray()
 
 

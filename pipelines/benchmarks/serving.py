@@ -1,7 +1,8 @@
 """`jobs/benchmark.py serve`: the service through HTTP, against a plain loop, static batching and the bare engine.
 
 Every contestant answers the same questions, one photo each, with a model whose answers never end before `max_tokens`.
-The loop and the bare engine get their prompts ready made; over HTTP, pictures travel as JPEG in base64.
+The loop and the bare engine get their prompts ready made; over HTTP, pictures travel as JPEG in base64. An application
+of Ray Serve that answers at once shows what of the service's cost is Serve's own.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from pipelines.benchmarks.annotating import write_checkpoint
 from pipelines.benchmarks.http_client import Connection, post_request
 from pipelines.benchmarks.machine import describe_machine
 from pipelines.benchmarks.photos import draw_corpus
+from pipelines.benchmarks.plain_app import build_plain_app
 from pipelines.benchmarks.rounds import Figures, take_turns, timed
 from pipelines.benchmarks.serving_tables import AT, LENGTHS, MIXED, serving_bounds, serving_table
 from pipelines.benchmarks.settings import BenchmarkSettings
@@ -88,7 +90,7 @@ def measure_serve(settings: ServeBenchmark) -> Report:
 
 
 class _Bench:
-    """Two running applications on one Ray, and the same model in this process."""
+    """Three running applications on one Ray, and the same model in this process."""
 
     def __init__(self, settings: ServeBenchmark) -> None:
         self.settings = settings
@@ -134,7 +136,10 @@ class _Bench:
             found[f"{name}, mixed, {AT}"] = partial(self.http, name, AT, mixed)
         found["first token, engine"] = self.first_token_of_engine
         found["decoding"] = self.decoding
-        found["first token, service"] = lambda: asyncio.run(self._first_tokens())
+        found["first token, service"] = lambda: asyncio.run(self._first_tokens("service"))
+        found["first token, Serve alone"] = lambda: asyncio.run(self._first_tokens("plain/stream"))
+        ready = [LENGTHS[0]] * (AT * self.settings.requests_per_client)
+        found["Serve alone"] = partial(self.http, "plain", AT, ready)
         return found
 
     def loop(self, length: int) -> Figures:
@@ -210,8 +215,8 @@ class _Bench:
 
         await asyncio.gather(*(client() for _ in range(clients)))
 
-    async def _first_tokens(self) -> Figures:
-        requests = [self._request("service", index, LENGTHS[0], stream=True) for index in range(self._num_alone)]
+    async def _first_tokens(self, name: str) -> Figures:
+        requests = [self._request(name, index, LENGTHS[0], stream=True) for index in range(self._num_alone)]
         times = []
         async with Connection.to(self.address) as connection:
             for request in requests:
@@ -233,6 +238,7 @@ def _start(args: ServeArgs) -> str:
     serve.start(http_options=HTTPOptions(host="127.0.0.1", port=port), logging_config=_QUIET)
     serve.run(build_app(args), name="service", route_prefix="/service", logging_config=_QUIET)
     serve.run(build_static_app(args), name="static", route_prefix="/static", logging_config=_QUIET)
-    for prefix in ("/service", "/static"):
+    serve.run(build_plain_app(args, LENGTHS[0]), name="plain", route_prefix="/plain", logging_config=_QUIET)
+    for prefix in ("/service", "/static", "/plain"):
         wait_until_routed("127.0.0.1", port, prefix)
     return f"http://127.0.0.1:{port}"

@@ -25,12 +25,16 @@ def serving_table(concurrent: tuple[int, ...], model: str, num_rounds: int, roun
             rows.append([f"{clients} x {length}", *_row(rounds, service, static, loop)])
     mixed = _row(rounds, f"service, mixed, {AT}", f"static, mixed, {AT}", None)
     rows.append([f"{AT} x {MIXED[0]} to {MIXED[1]}", *mixed])
-    first = [rounds.spread(f"first token, {name}", "first_token_ms").median for name in ("engine", "service")]
+    firsts = (f"first token, {name}" for name in ("engine", "service", "Serve alone"))
+    first = [rounds.spread(name, "first_token_ms").median for name in firsts]
     decoding = rounds.spread("decoding", "decoding_ms").median
+    ready = rounds.spread("Serve alone", "requests_per_s").median
     notes = [
         f"Concurrent requests x output tokens, one photo each; {model} model; requests/s, medians of "
         f"{num_rounds} rounds. First text alone: {first[0]:.1f} ms in the bare engine, {first[1]:.1f} ms over "
-        f"HTTP, of which {decoding:.1f} ms make a prompt of the JPEG."
+        f"HTTP, of which {decoding:.1f} ms make a prompt of the JPEG.",
+        f"Ray Serve alone, with an engine that has every answer ready: {first[2]:.1f} ms to the first text, "
+        f"{ready:.0f} requests/s at {AT}.",
     ]
     columns = ["requests", "service", "static batching", "of static", "of a loop"]
     return Table(title="Serving", columns=columns, rows=rows, notes=notes)
