@@ -5,6 +5,7 @@ from __future__ import annotations
 from transformers import AutoTokenizer
 
 from flashsloth import FlashSlothImageProcessor, FlashSlothProcessor
+from pipelines.hub import only_local, where
 from pipelines.preparation.settings import PrepareSettings
 from pipelines.preparation.sources import PlanError
 
@@ -19,21 +20,24 @@ def load_processor(settings: PrepareSettings) -> FlashSlothProcessor:
     """
     if settings.tokenizer:
         return _published(settings.tokenizer, settings.tiling or "base")
+    name = str(settings.processor)
+    local = only_local(name)
     try:
-        return FlashSlothProcessor.from_pretrained(settings.processor)
+        return FlashSlothProcessor.from_pretrained(name, local_files_only=local)
     except (OSError, ValueError, TypeError) as error:
         raise PlanError(
-            f"processor: {settings.processor} holds no FlashSlothProcessor to load: {_first_line(error)}"
+            f"processor: {where(name, local)} holds no FlashSlothProcessor to load: {_first_line(error)}"
         ) from error
 
 
 def _published(tokenizer: str, tiling: str) -> FlashSlothProcessor:
     images = FlashSlothImageProcessor(tiling=tiling)
+    local = only_local(tokenizer)
     try:
-        text = AutoTokenizer.from_pretrained(tokenizer)
+        text = AutoTokenizer.from_pretrained(tokenizer, local_files_only=local)
         return FlashSlothProcessor(images, text, num_image_tokens=_TOKENS_PER_TILE * images.num_tiles)
     except (OSError, ValueError) as error:
-        raise PlanError(f"tokenizer: {tokenizer} cannot be used: {_first_line(error)}") from error
+        raise PlanError(f"tokenizer: {where(tokenizer, local)} cannot be used: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:

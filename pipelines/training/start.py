@@ -7,7 +7,7 @@ import os
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from flashsloth import (
     FlashSlothConfig,
@@ -19,6 +19,7 @@ from flashsloth.backbones import backbones_config, build_from_backbones, process
 from flashsloth.configuration_flashsloth import TILES
 from pipelines.encode import encoder_facts
 from pipelines.feed import BudgetError, TokenBudget
+from pipelines.hub import only_local, where
 from pipelines.shards.manifest import Manifest
 from pipelines.training.export import export_config, fetch_export, load_export, weights_identity
 from pipelines.training.lora import add_adapters
@@ -35,19 +36,30 @@ def load_processor(model: ModelSettings) -> FlashSlothProcessor:
     """The processor of the model that a run starts from.
 
     Raises:
-        StartError: The folder holds no processor.
+        StartError: The folder holds no processor, the backbone no tokenizer.
         ExportError: `model.checkpoint` is no finished checkpoint.
     """
     if model.backbones and not model.processor:
         name = model.backbones.tokenizer or model.backbones.language
-        processor = FlashSlothProcessor(FlashSlothImageProcessor(), AutoTokenizer.from_pretrained(name))
+        processor = FlashSlothProcessor(FlashSlothImageProcessor(), _tokenizer(name))
     else:
         folder = model.processor or str(fetch_export(str(model.checkpoint)))
+        local = only_local(folder)
         try:
-            processor = FlashSlothProcessor.from_pretrained(folder)
+            processor = FlashSlothProcessor.from_pretrained(folder, local_files_only=local)
         except (OSError, ValueError, TypeError) as error:
-            raise StartError(f"{folder}: no FlashSloth processor can be loaded from here: {error}") from error
+            raise StartError(
+                f"{where(folder, local)}: no FlashSloth processor can be loaded from here: {error}"
+            ) from error
     return _tiled(processor, model.tiling)
+
+
+def _tokenizer(name: str) -> PreTrainedTokenizerBase:
+    local = only_local(name)
+    try:
+        return AutoTokenizer.from_pretrained(name, local_files_only=local)
+    except (OSError, ValueError) as error:
+        raise StartError(f"{where(name, local)}: no tokenizer can be loaded from here: {error}") from error
 
 
 def build_model(
