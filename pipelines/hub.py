@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 
 _PATIENCE_S = 10
@@ -25,6 +25,21 @@ def only_local(name: str) -> bool:
     except (HFValidationError, HTTPError, OSError):
         return True
     return False
+
+
+def is_missing(name: str) -> bool:
+    """Whether the model `name` can be had from nowhere: `only_local`, and this machine has neither folder nor copy."""
+    if not only_local(name) or Path(name).is_dir():
+        return False
+    try:
+        return not isinstance(try_to_load_from_cache(name, "config.json"), str)
+    except HFValidationError:
+        return True
+
+
+def for_any_process(name: str) -> str:
+    """`name`, a folder of this machine such that a process with another working directory finds it."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
 def where(name: str, is_only_local: bool) -> str:

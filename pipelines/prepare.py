@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from flashsloth import FlashSlothProcessor
 from pipelines import storage
 from pipelines.encode import EncoderFacts, encoder_facts
+from pipelines.hub import for_any_process, is_missing, where
 from pipelines.preparation.chain import run_chunks
 from pipelines.preparation.code import code_identity, library_versions
 from pipelines.preparation.data_receipt import RECEIPT_JSON, LastRun
@@ -77,8 +78,12 @@ def prepare(settings: PrepareSettings) -> Manifest | None:
     storage.write_bytes(storage.join(output, CONFIG_NAME), dump_settings(settings).encode())
     begun_with, start = ledger.num_done, time.monotonic()
 
+    encoder = settings.encoder
+    if encoder:
+        encoder = encoder.model_copy(update={"path": for_any_process(encoder.path)})
+
     def run(pending: list[int]) -> Iterator[Receipt]:
-        return run_chunks(plan, pending, files, output, processor, settings.encoder, pins)
+        return run_chunks(plan, pending, files, output, processor, encoder, pins)
 
     work_off(ledger, run)
     return ledger.publish(LastRun(rows=ledger.num_done - begun_with, seconds=time.monotonic() - start))
@@ -120,6 +125,8 @@ def make_terms(settings: PrepareSettings, processor: FlashSlothProcessor) -> Ter
 
 
 def _tower(path: str) -> EncoderFacts:
+    if is_missing(path):
+        raise PlanError(f"encoder: {where(path, True)} holds no tower to load")
     try:
         return encoder_facts(path)
     except (OSError, ValueError) as error:

@@ -12,7 +12,7 @@ from threading import Thread
 
 import pytest
 
-from pipelines.hub import only_local, where
+from pipelines.hub import for_any_process, is_missing, only_local, where
 from pipelines.serving.transport import free_port
 
 
@@ -52,6 +52,15 @@ def ask(endpoint: str, name: str) -> str:
 def test_a_folder_is_only_local(tmp_path: Path) -> None:
     assert only_local(str(tmp_path))
     assert where(str(tmp_path), True) == str(tmp_path)
+
+
+def test_a_folder_is_named_for_processes_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tower").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert for_any_process("tower") == str(tmp_path / "tower")
+    assert for_any_process("google/tower") == "google/tower"
+    assert not is_missing("tower")
+    assert is_missing(str(tmp_path / "nothing"))
 
 
 def test_what_can_be_no_repository_is_only_local(tmp_path: Path) -> None:
