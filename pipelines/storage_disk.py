@@ -51,8 +51,12 @@ def match_files(pattern: str) -> list[str]:
 
     Links are files too where they lead to one, as all do in the cache of the Hugging Face hub; and where they lead
     nowhere, so that whoever reads them says so.
+
+    Raises:
+        PermissionError: a folder that it goes through may not be read; a shell would pass over it.
     """
     signs = pattern.replace("[", "[[]")  # of glob's signs, * and ? alone are ours
+    _check_readable(signs)
     found = LocalFileSystem().glob(signs) if "**" in pattern else glob.glob(signs, include_hidden=True)
     return [name for name in found if os.path.isfile(name) or not os.path.exists(name)]
 
@@ -77,6 +81,24 @@ def files_below(folder: str, above: frozenset[tuple[int, int]] = frozenset()) ->
                 yield from files_below(entry.path, above | {(own.st_dev, own.st_ino)})
             else:
                 yield entry.path, facts
+
+
+def _check_readable(pattern: str) -> None:
+    if "**" in pattern:
+        for _ in os.walk(os.path.dirname(pattern[: pattern.index("**")]), onerror=_raise):
+            pass
+        return
+    folder = pattern
+    while glob.has_magic(folder):
+        folder = os.path.dirname(folder)
+        for found in glob.iglob(folder, include_hidden=True):
+            if os.path.isdir(found) and not os.access(found, os.R_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), found)
+
+
+def _raise(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):  # where nothing is, nothing matches
+        raise error
 
 
 def _write_beside(path: Path, data: bytes | memoryview) -> Path:
