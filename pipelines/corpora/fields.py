@@ -86,8 +86,18 @@ def turns(
             raise RowError("row_malformed", detail, own_id)
         if not isinstance(role, str) or role not in roles:
             raise RowError("row_malformed", f"turn {number} is from {role!r}; known: {', '.join(roles)}", own_id)
+        _check_heeded(turn, roles[role], number, own_id)
         found.append((roles[role], turn.get(names[1])))
     return found
+
+
+def _check_heeded(turn: Mapping[str, Any], role: str, number: int, own_id: str) -> None:
+    """Raise RowError where a turn says what would be lost: that it is not learned, or that it calls a tool."""
+    if turn.get("weight") == 0 and role == "assistant":
+        raise RowError("row_malformed", f"turn {number} has weight 0, but every answer of a row is learned", own_id)
+    call = next((field for field in ("tool_calls", "function_call") if turn.get(field)), None)
+    if call:
+        raise RowError("row_malformed", f"turn {number} has {call}; FlashSloth answers in text alone", own_id)
 
 
 def plain_messages(turns: list[tuple[str, Any]], own_id: str, name: str) -> list[Message]:
@@ -101,14 +111,30 @@ def plain_messages(turns: list[tuple[str, Any]], own_id: str, name: str) -> list
 
 
 def record(row: dict[str, Any], own_id: str, messages: list[Message], image: str | bytes | None) -> Record:
-    """A record with the `question_types` of `row`, a list with one text per user turn or nothing."""
+    """A record with the `question_types` of `row`, a list with one text per user turn or nothing, and its `system`.
+
+    A model has one system text, its processor's: a row that brings another is quarantined as `role_order`.
+    """
     types = row.get("question_types") or []
     if not isinstance(types, list) or not all(isinstance(kind, str) for kind in types):
         raise RowError("row_malformed", "'question_types' is a list of texts", own_id)
     num_questions = sum(message["role"] == "user" for message in messages)
     if types and len(types) != num_questions:
         raise RowError("row_malformed", f"{len(types)} question_types for {num_questions} user turns", own_id)
-    return Record(messages, own_id, image, [text(kind, "question_types", own_id) for kind in types])
+    return Record(
+        [*_system(row.get("system"), own_id), *messages],
+        own_id,
+        image,
+        [text(kind, "question_types", own_id) for kind in types],
+    )
+
+
+def _system(value: Any, own_id: str) -> list[Message]:
+    if value in (None, ""):
+        return []
+    if not isinstance(value, str):
+        raise RowError("row_malformed", f"'system' is text, this is {kind(value)}", own_id)
+    return [Message(role="system", content=text(value, "system", own_id))]
 
 
 def without_marker(messages: list[Message], has_image: bool, own_id: str) -> list[Message]:

@@ -7,7 +7,7 @@
     {"type": "image"}                    with the path in the row's own field, `image` or `images`
     "<image>" in content that is text    likewise
 
-A row in which an answer has OpenAI's `weight` 0 or a turn has `tool_calls` is quarantined: neither would be heeded.
+A row in which an answer has OpenAI's `weight` 0 or a turn calls a tool is quarantined: neither would be heeded.
 
 An address is a path below the image root, or a data URI, which is the image itself. Others (http://, file://) are
 quarantined as `path_not_allowed`: nothing is fetched. Texts of one message are joined by line ends, as in serving.
@@ -20,7 +20,7 @@ from typing import Any
 
 from pipelines.corpora import fields, json_rows, typed_content
 from pipelines.corpora.spans import Extent, Span
-from pipelines.records import Record, Row, RowError
+from pipelines.records import Record, Row
 
 _ROLES = {role: role for role in ("user", "assistant", "system")}
 
@@ -44,7 +44,6 @@ def record(row: Any) -> Record:
     """
     own_id = fields.own_id(row)
     turns = fields.turns(row.get("messages"), own_id, "messages", ("role", "content"), _ROLES)
-    _check_turns(row["messages"], own_id)
     beside = fields.images(row, own_id)
     if all(isinstance(content, str) for _, content in turns):
         image = fields.one_image([typed_content.loaded(value, own_id) for value in beside], own_id)
@@ -58,13 +57,3 @@ def record(row: Any) -> Record:
         typed_content.placed([(role, found) for role, _, found in contents], beside, own_id), own_id
     )
     return fields.record(row, own_id, messages, image)
-
-
-def _check_turns(turns: list[dict[str, Any]], own_id: str) -> None:
-    """Raise RowError where a turn says what would be lost: that it is not learned, or that it calls a tool."""
-    for number, turn in enumerate(turns):
-        if turn.get("weight") == 0 and turn["role"] == "assistant":
-            detail = f"turn {number} has weight 0, but every answer of a row is learned"
-            raise RowError("row_malformed", detail, own_id)
-        if turn.get("tool_calls"):
-            raise RowError("row_malformed", f"turn {number} has tool_calls; FlashSloth answers in text alone", own_id)

@@ -12,7 +12,7 @@ from typing import Any
 
 from pipelines.corpora import fields, json_rows
 from pipelines.corpora.spans import Extent, Span
-from pipelines.records import Message, Record, Row, RowError
+from pipelines.records import Record, Row
 
 _ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
@@ -41,12 +41,4 @@ def record(row: Any) -> Record:
     image = fields.one_image(fields.images(row, own_id), own_id)
     turns = fields.turns(row.get("conversations"), own_id, "conversations", ("from", "value"), _ROLES)
     messages = fields.without_marker(fields.plain_messages(turns, own_id, "value"), image is not None, own_id)
-    return fields.record(row, own_id, [*_system(row.get("system"), own_id), *messages], image)
-
-
-def _system(value: Any, own_id: str) -> list[Message]:
-    if value in (None, ""):
-        return []
-    if not isinstance(value, str):
-        raise RowError("row_malformed", f"'system' is text, this is {fields.kind(value)}", own_id)
-    return [Message(role="system", content=fields.text(value, "system", own_id))]
+    return fields.record(row, own_id, messages, image)

@@ -14,19 +14,21 @@ BLOCK = tarfile.BLOCKSIZE
 """Bytes; a file's place in a tar is a multiple of it."""
 
 
-def is_link(member: tarfile.TarInfo) -> bool:
-    """Whether `member` names another file instead of holding one."""
-    return member.islnk() or member.issym()
+def is_plain(member: tarfile.TarInfo) -> bool:
+    """Whether the bytes of `member` stand in the tar: it is no link to another file, and has all its holes."""
+    return not _is_link(member) and not member.issparse()
 
 
 def stop(member: tarfile.TarInfo) -> int:
     """Where `member` ends in the tar. The size that a link's header may tell is that of the other file."""
-    size = 0 if is_link(member) else member.size
+    size = 0 if _is_link(member) else member.size
     return int(member.offset_data + -(-size // BLOCK) * BLOCK)
 
 
 def members(file: BinaryIO | io.BytesIO, path: str, ends: bool) -> Iterator[tarfile.TarInfo]:
-    """The files in a tar, in constant memory, and the links (`is_link`), which hold no bytes.
+    """The files in a tar, in constant memory, and what is not `is_plain`: links and files without holes.
+
+    The `size` of these is what they take in the tar.
 
     Args:
         file: the tar, or whole samples out of it.
@@ -41,7 +43,9 @@ def members(file: BinaryIO | io.BytesIO, path: str, ends: bool) -> Iterator[tarf
         tar = tarfile.TarFile(fileobj=file, errors="backslashreplace")
         while (member := tar.next()) is not None:
             tar.members = []  # type: ignore[attr-defined]  # they would be kept
-            if member.isfile() or is_link(member):
+            if member.issparse():
+                member.size = tar.offset - member.offset_data  # its own is what it had on a disk
+            if member.isfile() or _is_link(member):
                 yield member
     except tarfile.TarError as error:
         raise FileFormatError(f"{path}: no tar, or a damaged one: {error}; compressed ones must be unpacked") from error
@@ -61,7 +65,7 @@ def members(file: BinaryIO | io.BytesIO, path: str, ends: bool) -> Iterator[tarf
 def samples(
     members: Iterator[tarfile.TarInfo], read: Collection[str]
 ) -> Iterator[tuple[str, Iterator[tarfile.TarInfo]]]:
-    """The name and the members of each sample; links to what would not be read are passed over.
+    """The name and the members of each sample; what is not `is_plain` and would not be read is passed over.
 
     So are files whose name begins with a dot or has none, as in WebDataset: macOS puts a ._0.jpg before each 0.jpg.
 
@@ -69,17 +73,20 @@ def samples(
         members: of the tar.
         read: suffixes of the files that are read.
     """
-    kept = (each for each in members if _belongs(each.name) and (not is_link(each) or split(each.name)[1] in read))
+    kept = (each for each in members if _belongs(each.name) and (is_plain(each) or split(each.name)[1] in read))
     return groupby(kept, key=lambda member: split(member.name)[0])
 
 
-def refuse_links(links: Iterable[tarfile.TarInfo], image_suffixes: Collection[str], own_id: str) -> None:
-    """Raise RowError for the first of the `links` in a sample."""
-    for link in links:
-        reason = "image_not_a_file" if split(link.name)[1] in image_suffixes else "row_malformed"
-        remedy = "--hard-dereference" if link.islnk() else "--dereference"
-        detail = f"{link.name} is a link to {link.linkname}, not a file in the tar; pack it with tar {remedy}"
-        raise RowError(reason, detail, own_id)
+def refuse(members: Iterable[tarfile.TarInfo], image_suffixes: Collection[str], own_id: str) -> None:
+    """Raise RowError for the first of `members`, those of a sample that are not `is_plain`."""
+    for member in members:
+        reason = "image_not_a_file" if split(member.name)[1] in image_suffixes else "row_malformed"
+        what, remedy = f"a link to {member.linkname}, not a file in the tar", "--dereference"
+        if member.islnk():
+            remedy = "--hard-dereference"
+        elif member.issparse():
+            what, remedy = "in the tar without its holes", "without --sparse"
+        raise RowError(reason, f"{member.name} is {what}; pack it with tar {remedy}", own_id)
 
 
 def split(name: str) -> tuple[str, str]:
@@ -87,6 +94,10 @@ def split(name: str) -> tuple[str, str]:
     folder, slash, base = name.removeprefix("./").rpartition("/")
     stem, _, suffix = base.partition(".")
     return folder + slash + stem, suffix.lower()
+
+
+def _is_link(member: tarfile.TarInfo) -> bool:
+    return member.islnk() or member.issym()
 
 
 def _belongs(name: str) -> bool:

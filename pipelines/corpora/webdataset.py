@@ -7,8 +7,8 @@
 What a json calls its image is a name from before the tar, and is passed over. A caption becomes an answer to an empty
 question, which the caption layout throws away anyhow. An image without any text is there to be annotated: nothing can
 be learned from it. A scan reads the headers alone where the tar lies on a disk, and a chunk is one range of bytes. A
-tar that is compressed cannot be read so. A link to another file is not followed, which may lie far from the chunk: its
-sample is quarantined.
+tar that is compressed cannot be read so. A link to another file is not followed, which may lie far from the chunk, nor
+are holes filled that were left out of a file (tar --sparse): such samples are quarantined.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from pipelines.records import Message, Record, Row, RowError
 
 IMAGE_SUFFIXES = (
     *("jpg", "jpeg", "jfif", "png", "webp", "bmp", "tif", "tiff", "gif"),
-    *("avif", "heic", "heif", "jp2", "jxl", "svg"),  # which will be refused, and not be taken for rows without an image
+    # These will be refused, and not be taken for rows without an image.
+    *("avif", "heic", "heif", "jp2", "jxl", "svg", "ppm", "pgm", "pbm", "pnm", "jpe"),
+    *("tga", "ico", "dib", "img", "image"),
 )
 _OTHER_MEDIA = ("mp4", "webm", "avi", "mov", "mkv", "mp3", "wav", "flac", "ogg", "m4a")
 _READ = (*IMAGE_SUFFIXES, "json", "txt")
@@ -50,22 +52,22 @@ def read(path: str, span: Span) -> Iterator[Row]:
     file = io.BytesIO(storage.read_range(path, span.start, span.stop))
     samples = tars.samples(tars.members(file, path, ends=False), _READ)
     for position, (name, sample) in enumerate(samples, start=span.first_row):
-        files, links = [], []
+        files, odd = [], []
         for each in sample:
-            if tars.is_link(each):
-                links.append(each)
+            if not tars.is_plain(each):
+                odd.append(each)
             else:
                 data = file.getbuffer()[each.offset_data :][: each.size]
                 files.append((tars.split(each.name)[1], data.tobytes()))
         content: Record | RowError
         try:
-            content = _record(name, files, links)
+            content = _record(name, files, odd)
         except RowError as error:
             content = error
         yield Row(position, f"{path}:{name} (sample {position})", content)
 
 
-def _record(name: str, files: list[tuple[str, bytes]], links: list[TarInfo]) -> Record:
+def _record(name: str, files: list[tuple[str, bytes]], odd: list[TarInfo]) -> Record:
     held = dict(files)
     twice = next((suffix for suffix in ("json", "txt") if [each for each, _ in files].count(suffix) > 1), None)
     if twice:
@@ -74,7 +76,7 @@ def _record(name: str, files: list[tuple[str, bytes]], links: list[TarInfo]) -> 
     if isinstance(row, RowError):
         raise row
     own_id = fields.own_id(row) or name
-    tars.refuse_links(links, IMAGE_SUFFIXES, own_id)
+    tars.refuse(odd, IMAGE_SUFFIXES, own_id)
     images = [data for suffix, data in files if suffix in IMAGE_SUFFIXES]
     media = next((suffix for suffix in held if suffix in _OTHER_MEDIA), None)
     if media and not images:

@@ -73,6 +73,11 @@ def test_every_way_to_name_the_image(tmp_path: Path, row: Any, image: str | byte
     assert only(tmp_path, row) == Record(messages=ASKED, id="r", image=image)  # type: ignore[arg-type]
 
 
+def test_the_system_text_of_a_row_stands_first(tmp_path: Path) -> None:
+    [record] = records(read_rows("messages", write(tmp_path, {"messages": [*ASKED, ANSWER], "system": "Be brief."})))
+    assert record.messages[0] == {"role": "system", "content": "Be brief."}
+
+
 def test_weights_that_change_nothing_are_taken(tmp_path: Path) -> None:
     question, unweighed = ASKED[0], {"weight": 0}
     turns = [question | unweighed, ANSWER | {"weight": 1, "tool_calls": None}, question | {"tool_calls": []}, ANSWER]
@@ -101,6 +106,11 @@ def test_several_turns_and_a_system_text(tmp_path: Path) -> None:
         (
             {"messages": [{"role": "user", "content": "<image> Q"}, {"role": "assistant", "content": [text("A")]}]},
             *("image_marker_mismatch", "1 image parts without an address for 0 image(s)"),
+        ),
+        (
+            {"messages": [ASKED[0], ANSWER | {"function_call": {"name": "f"}}]},
+            "row_malformed",
+            "turn 1 has function_call",
         ),
         ({"messages": [ASKED[0], ANSWER | {"weight": 0}]}, "row_malformed", "turn 1 has weight 0, but every answer"),
         ({"messages": [ASKED[0], ANSWER | {"tool_calls": [{"id": "1"}]}]}, "row_malformed", "turn 1 has tool_calls"),

@@ -65,6 +65,8 @@ def test_a_row_about_a_video_or_a_sound_is_no_row_of_text(tmp_path: Path, field:
         ({"conversations": [{"value": "x"}]}, "turn 0 has no 'from'; it has: value"),
         ({"conversations": [{"role": "user", "content": "x"}]}, "turn 0 has no 'from'; it has: role, content"),
         ({"conversations": "x"}, "a list of turns"),
+        ({"conversations": [*turns("Q"), {"from": "gpt", "value": "A", "weight": 0}]}, "turn 1 has weight 0"),
+        ({"conversations": [*turns("Q"), {"from": "gpt", "value": "A", "tool_calls": [1]}]}, "turn 1 has tool_calls"),
     ],
 )
 def test_what_is_refused(tmp_path: Path, change: dict[str, Any], detail: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,9 @@ def test_what_a_part_calls_its_image_is_a_name_from_before_the_tar(tmp_path: Pat
 
 def test_an_image_of_another_kind_is_no_row_of_text(tmp_path: Path) -> None:
     files: dict[str, bytes | dict[str, Any]] = {"0.avif": b"x", "0.txt": b"t", "1.JFIF": b"y", "1.txt": b"t"}
-    assert [each.image for each in records(read_rows("webdataset", write(tmp_path / "0.tar", files)))] == [b"x", b"y"]
+    files |= {"2.ppm": b"z", "2.txt": b"t"}
+    rows = records(read_rows("webdataset", write(tmp_path / "0.tar", files)))
+    assert [each.image for each in rows] == [b"x", b"y", b"z"]
 
 
 @pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
@@ -146,6 +149,29 @@ def test_what_is_refused_harms_no_neighbour(tmp_path: Path, files: Any, reason: 
     bad, good = read_rows("webdataset", path)
     assert (error(bad).reason, detail in error(bad).detail) == (reason, True)
     assert records([good])[0].image == b"y"
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 100])
+@pytest.mark.parametrize("form", ["gnu", "posix"])
+def test_a_file_without_its_holes_is_refused_and_harms_no_neighbour(tmp_path: Path, chunk: int, form: str) -> None:
+    for number in range(5):
+        (tmp_path / f"{number}.jpg").write_bytes(b"image %d" % number)
+        (tmp_path / f"{number}.txt").write_text(f"caption {number}")
+    for name in ("1.jpg", "3.jpg", "4.bin"):  # the last is not read
+        with (tmp_path / name).open("wb") as file:
+            file.write(b"x" * 20_000)
+            file.seek(2_000_000)
+            file.write(b"y" * 20_000)
+    path = tmp_path / "0.tar"
+    names = sorted(each.name for each in tmp_path.iterdir())
+    how = ["--sparse", f"--format={form}"]
+    subprocess.run(["tar", *how, "-cf", str(path), "-C", str(tmp_path), *names], check=True)
+    assert path.stat().st_size < 2_000_000
+    rows = read_rows("webdataset", path, chunk)
+    assert [each.image for each in records(rows[0::2])] == [b"image 0", b"image 2", b"image 4"]
+    assert [each.messages[1]["content"] for each in records(rows[0::2])] == ["caption 0", "caption 2", "caption 4"]
+    assert [error(row).reason for row in rows[1::2]] == ["image_not_a_file"] * 2
+    assert "without --sparse" in error(rows[1]).detail
 
 
 def link(name: str, target: str, kind: bytes = tarfile.LNKTYPE, size: int = 0) -> tarfile.TarInfo:
