@@ -86,8 +86,9 @@ def resolve(uri: str) -> str:
 
 
 def join(uri: str, *parts: str) -> str:
-    """`uri` with `parts` below it."""
-    return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
+    """`uri` with `parts`, at least one, below it."""
+    below = "/".join(part.strip("/") for part in parts)
+    return uri + below if uri.endswith("://") else f"{uri.rstrip('/')}/{below}"
 
 
 def exists(uri: str) -> bool:
@@ -164,6 +165,17 @@ def list_names(uri: str) -> list[str]:
             return sorted(entry.rstrip("/").rpartition("/")[2] for entry in file_system.ls(path, detail=False))
     except FileNotFoundError:
         return []
+
+
+def list_sizes(uri: str) -> dict[str, int]:
+    """The objects directly below `uri`: their names -> their bytes; empty where the folder does not exist."""
+    file_system, path = _afresh(uri)
+    try:
+        with naming(uri):
+            found = file_system.ls(path, detail=True)
+    except FileNotFoundError:
+        return {}
+    return {entry["name"].rpartition("/")[2]: entry["size"] for entry in found if entry["type"] == "file"}
 
 
 def is_pattern(uri: str) -> bool:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from pipelines import storage
 from pipelines.annotation.parts import PartEntry
 from pipelines.annotation.plan import AnnotationPlan
 from pipelines.annotation.settings import PartFormat
 from pipelines.preparation.receipt_book import ReceiptBook
-from pipelines.shards.manifest import MANIFEST_NAME, ManifestError
+from pipelines.shards.manifest import MANIFEST_NAME, REMEDY, ManifestError
 from pipelines.shards.receipts import AccountingError, ChunkReceipt
+from pipelines.stored_models import StoredModelError, parse_model
 
 
 class PartReceipt(ChunkReceipt):
@@ -24,6 +25,11 @@ class PartReceipt(ChunkReceipt):
     def reasons(self) -> Counter[str]:
         """Reason -> rows without an answer."""
         return Counter(self.part.errors)
+
+    @property
+    def file(self) -> tuple[str, int]:
+        """Its part."""
+        return self.part.name, self.part.bytes
 
     @property
     def num_tokens(self) -> int:
@@ -57,14 +63,14 @@ class AnnotationManifest(BaseModel):
         """
         uri = storage.join(folder, MANIFEST_NAME)
         try:
-            return cls.model_validate_json(storage.read_bytes(uri))
+            return parse_model(cls, uri, storage.read_bytes(uri), "the manifest of an annotation", REMEDY)
         except FileNotFoundError as error:
             raise ManifestError(
                 f"{folder}: no {MANIFEST_NAME} here: this is no annotation, or it has not finished; run "
                 "jobs/annotate.py with its recipe to finish it"
             ) from error
-        except ValidationError as error:
-            raise ManifestError(f"{uri}: not the manifest of an annotation: {error.errors()[0]['msg']}") from error
+        except StoredModelError as error:
+            raise ManifestError(str(error)) from error
 
     def to_json(self) -> bytes:
         """The bytes that are stored; equal manifests give equal bytes."""
@@ -94,11 +100,12 @@ class AnnotationLedger(ReceiptBook[AnnotationPlan, PartReceipt]):
         """Write the manifest, last of all.
 
         Raises:
-            PublishError: too many rows have no answer, or another manifest is there already.
+            PublishError: too many rows have no answer, a part is lost, or another manifest is there already.
             AccountingError: rows are lost or doubled.
         """
         self.check_share()
         self.check_complete()
+        self.check_files()
         for receipt in self.ordered():
             if receipt.part.rows != receipt.planned:
                 raise AccountingError(f"{receipt.part.name}: {receipt.part.rows} rows for {receipt.planned} inputs")

@@ -51,11 +51,12 @@ class Ledger(ReceiptBook[Plan, Receipt]):
             run: what the run that publishes has done, for the data receipt.
 
         Raises:
-            PublishError: too many rows are quarantined, or another manifest is there already.
+            PublishError: too many rows are quarantined, a shard is lost, or another manifest is there already.
             AccountingError: rows are lost or doubled.
         """
         self.check_share()
         self._account()
+        self.check_files()
         manifest = manifest_of(self.plan, list(self.ordered()), _write_quarantine(self.output, self._quarantined()))
         shared = ImageStore(self.output).total() if self.plan.terms.share_images else (0, 0)
         write_data_receipt(self.output, gather(self.plan, list(self.ordered()), manifest, run, shared))

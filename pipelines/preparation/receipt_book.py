@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import ClassVar, Generic, TypeVar
 
 from pipelines import storage
@@ -39,6 +39,7 @@ class ReceiptBook(ABC, Generic[PlanKind, ReceiptKind]):
         num_done: rows accounted for so far.
         reasons: reason -> rows of which nothing came so far.
         num_tokens: generated so far.
+        lost: chunks with a receipt that are to be done anew -> what is wrong with the file that the receipt names.
 
     Raises:
         PlanError: the folder belongs to another plan.
@@ -62,8 +63,11 @@ class ReceiptBook(ABC, Generic[PlanKind, ReceiptKind]):
         self.reasons: Counter[str] = Counter()
         self._kind = kind
         self._open_plan()
-        for receipt in load_receipts(kind, output):
-            self.enter(receipt)
+        receipts = list(load_receipts(kind, output))
+        self.lost = self._faults_of(receipts)
+        for receipt in receipts:
+            if receipt.chunk not in self.lost:
+                self.enter(receipt)
 
     @property
     def pending(self) -> list[int]:
@@ -161,6 +165,15 @@ class ReceiptBook(ABC, Generic[PlanKind, ReceiptKind]):
                 raise AccountingError(f"chunk {number} begins at row {chunk.first_row}, one before it ends at {first}")
             free[chunk.source, chunk.repeat] = chunk.first_row + chunk.rows
 
+    def check_files(self) -> None:
+        """Raise PublishError unless the file of every receipt is there, with all its bytes: `verify` hashes them."""
+        for chunk, fault in self._faults_of(list(self.receipts.values())).items():
+            receipt = storage.join(self.output, self.receipts[chunk].name)
+            raise PublishError(
+                f"{fault}; nothing is published. Restore it, or remove {receipt} and run the job again: its chunk "
+                "alone is then done anew"
+            )
+
     def put_manifest(self, data: bytes) -> None:
         """Publish: the last write of all.
 
@@ -170,6 +183,20 @@ class ReceiptBook(ABC, Generic[PlanKind, ReceiptKind]):
         uri = storage.join(self.output, MANIFEST_NAME)
         if not storage.put_if_absent(uri, data):
             raise PublishError(f"{uri}: a different manifest is there already; use another output")
+
+    def _faults_of(self, receipts: Sequence[ReceiptKind]) -> dict[int, str]:
+        """Chunk -> what is wrong, for the files that are not as `receipts` say."""
+        files = [(receipt.chunk, *receipt.file) for receipt in receipts if receipt.file]
+        folders = {name.rpartition("/")[0] for _, name, _ in files}
+        sizes = {folder: storage.list_sizes(storage.join(self.output, folder)) for folder in sorted(folders)}
+        faults = {}
+        for chunk, path, expected in files:
+            folder, _, name = path.rpartition("/")
+            found = sizes[folder].get(name)
+            if found != expected:
+                told = "found no such file" if found is None else f"found {found:,}"
+                faults[chunk] = f"{storage.join(self.output, path)}: expected {expected:,} bytes, {told}"
+        return faults
 
     def _open_plan(self) -> None:
         uri = storage.join(self.output, PLAN_NAME)

@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict
 from pipelines import storage
 from pipelines.corpora import images
 from pipelines.preparation.settings import SourceSettings
+from pipelines.records import FileFormatError
+from pipelines.storage_faults import StorageError
 
 _THREADS = 16  # an object store answers in tens of milliseconds
 
@@ -170,4 +172,8 @@ def _file_terms(named: tuple[SourceSettings, str, str]) -> SourceTerms:
             f"source '{source.name}': {path} is a folder; for all of its files write a pattern, such as "
             f"{storage.join(path, _PATTERNS.get(source.format, '*.json'))}"
         ) from error
+    except (StorageError, FileFormatError):  # which name the path themselves
+        raise
+    except ValueError as error:  # such as the hub's, of a path that can be none of its own
+        raise PlanError(f"source '{source.name}': {path}: {error}") from error
     return SourceTerms(**{**source.model_dump(), "name": name, "path": path}, fingerprint=fingerprint)

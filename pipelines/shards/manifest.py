@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from pipelines import storage
+from pipelines.stored_models import StoredModelError, parse_model
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 1
+REMEDY = "restore it, or remove it and run the job again: it is then written anew"
 
 Payload = Literal["original", "pixels", "features"]
 Layout = Literal["chat", "caption"]
@@ -96,13 +98,9 @@ class Manifest(BaseModel):
                 "run jobs/prepare.py with its recipe to finish it"
             ) from error
         try:
-            return cls.model_validate_json(data)
-        except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(str(part) for part in first["loc"])
-            raise ManifestError(
-                f"{uri}: not a manifest of version {MANIFEST_VERSION}: {field}: {first['msg']}"
-            ) from error
+            return parse_model(cls, uri, data, f"a manifest of version {MANIFEST_VERSION}", REMEDY)
+        except StoredModelError as error:
+            raise ManifestError(str(error)) from error
 
     def to_json(self) -> bytes:
         """The bytes that are stored; equal manifests give equal bytes."""

@@ -89,6 +89,11 @@ class ChunkReceipt(BaseModel, ABC):
         """Reason -> rows of which nothing came."""
 
     @property
+    @abstractmethod
+    def file(self) -> tuple[str, int] | None:
+        """What is written, as its path below the folder and its bytes; None where nothing is."""
+
+    @property
     def num_tokens(self) -> int:
         """Tokens that were generated; 0 where the work generates none."""
         return 0
@@ -113,6 +118,11 @@ class Receipt(ChunkReceipt):
     def reasons(self) -> Counter[str]:
         """Reason -> quarantined rows."""
         return Counter(row.reason for row in self.quarantined)
+
+    @property
+    def file(self) -> tuple[str, int] | None:
+        """Its shard."""
+        return (self.shard.name, self.shard.bytes) if self.shard else None
 
 
 ReceiptKind = TypeVar("ReceiptKind", bound=ChunkReceipt)

@@ -80,6 +80,37 @@ def test_resumes_where_its_receipts_end(place: str) -> None:
     assert Ledger(place, plan, 0.5).publish() == manifest  # killed after the manifest: the same again
 
 
+@pytest.mark.parametrize("is_cut", [False, True])
+def test_a_chunk_whose_shard_is_lost_is_done_anew(place: str, is_cut: bool) -> None:
+    plan = make_plan()
+    ledger = Ledger(place, plan, 0.5)
+    receipts = [make_receipt(place, plan, chunk) for chunk in range(3)]
+    for receipt in receipts:
+        ledger.commit(receipt)
+    lost = receipts[1].shard
+    assert lost
+    uri = storage.join(place, lost.name)
+    whole = storage.read_bytes(uri)
+    damage(uri, whole[:-10] if is_cut else None)
+    with pytest.raises(PublishError, match=rf"{lost.name}: expected .* bytes, found .*receipts/.* its chunk alone"):
+        ledger.publish()
+    resumed = Ledger(place, plan, 0.5)
+    assert resumed.pending == [1]
+    assert f"{len(whole):,} bytes, found {f'{len(whole) - 10:,}' if is_cut else 'no such file'}" in resumed.lost[1]
+    resumed.commit(make_receipt(place, plan, 1))
+    assert storage.read_bytes(uri) == whole
+    assert resumed.publish().written == 6
+
+
+def damage(uri: str, data: bytes | None) -> None:
+    """Put `data` where an object is, or nothing."""
+    if data is not None:
+        storage.write_bytes(uri, data)
+        return
+    file_system, path = storage.filesystem(uri)
+    file_system.rm(path)
+
+
 def test_quarantine_is_a_table(tmp_path: Path) -> None:
     plan = make_plan(chunks=1)
     ledger = Ledger(str(tmp_path), plan, 0.5)

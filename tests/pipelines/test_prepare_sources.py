@@ -191,6 +191,9 @@ def test_mistakes_in_a_source_are_named(tmp_path: Path) -> None:
             recipe(fields)
     with pytest.raises(PlanError, match=r"source 'mix': no file matches .*\*\.tar"):
         source_terms([SourceSettings(path=f"{tmp_path}/*.tar", name="mix")])
+    hub = SourceSettings(path="hf://nobody", name="hub", format="llava")
+    with pytest.raises(PlanError, match=r"source 'hub': hf://nobody: .*'namespace/name'"):
+        source_terms([hub])
     with pytest.raises(PlanError, match=r"source 'a': .*a\.json cannot be read \(FileNotFoundError\)"):
         source_terms([SourceSettings(path=f"{tmp_path}/a.json")])
 

@@ -148,6 +148,12 @@ def test_a_store_without_conditional_writes_is_refused(tmp_path: Path, monkeypat
         storage.require_conditional_writes(uri)
 
 
+def test_parts_are_joined_by_single_slashes() -> None:
+    assert storage.join("s3://bucket/a/", "/b/", "c") == "s3://bucket/a/b/c"
+    assert storage.join("s3://", "b") == "s3://b"
+    assert storage.join("a/b", "c/") == "a/b/c"
+
+
 def test_local_paths_become_absolute_and_uris_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert storage.resolve("outputs/x") == str(tmp_path / "outputs" / "x")
