@@ -24,8 +24,7 @@ from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .configuration_flashsloth import TILES
-
-GREY = (127, 127, 127)  # int(255 * mean): what the published HD padding uses; also what shows through transparency
+from .image_modes import GREY, ImageError, to_rgb
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 WITH_GIF = (*IMAGE_FORMATS, "GIF")  # whoever takes GIFs takes their first frame
@@ -37,25 +36,6 @@ MAX_ASPECT = 200  # long side : short side
 # Pillow's own bomb warning is silenced while a header is read (our limit is lower and raises). `catch_warnings` swaps
 # process-wide state, so threads that decode at the same time take turns; reading a header takes microseconds.
 _HEADER_LOCK = threading.Lock()
-
-
-class ImageError(ValueError):
-    """An image that cannot be used.
-
-    Attributes:
-        reason: one of image_empty, image_format_not_allowed, image_too_large, image_bad_size, image_truncated,
-            image_undecodable, and for documents that only bear an image's name image_is_html, image_is_xml,
-            image_is_svg, image_is_pdf, image_is_eps, image_is_lfs_pointer; stable, meant for counting.
-        detail: what was found, for a person.
-    """
-
-    def __init__(self, reason: str, detail: str):
-        super().__init__(reason, detail)  # both in args: the error crosses processes by pickle
-        self.reason = reason
-        self.detail = detail
-
-    def __str__(self) -> str:
-        return f"{self.reason}: {self.detail}"
 
 
 def is_data_uri(address: str) -> bool:
@@ -96,38 +76,12 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, formats: Sequence[st
     image = _open_header(data, formats)
     _check_size(*image.size, max_pixels)
     try:
-        image.load()
-        return to_rgb(_upright(image))
+        rgb = to_rgb(image)  # before it is turned: a TIFF loses its tags there
+        return _upright(rgb, _orientation(image))
     except ImageError:
         raise
     except Exception as error:  # decoders raise anything from SyntaxError to zlib.error on hostile bytes
         raise _decoding_error(data, error) from error
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts a picture of any mode to RGB, by a fixed rule per mode.
-
-    Transparency shows grey 127, never the hidden colour; 16-bit grey is scaled to 8 bits (Pillow's own conversion
-    would saturate); palette, CMYK, 1-bit and the rest go by Pillow's conversion, colour profiles ignored.
-
-    Raises:
-        ImageError: image_undecodable for 32-bit integer and float pictures, whose range is not defined.
-    """
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode.startswith("I;16"):
-        samples = np.asarray(image).astype(np.uint32)
-        grey = ((samples + 128) // 257).astype(np.uint8)  # 65535 / 255 = 257
-        grey[samples == image.info.get("transparency", -1)] = GREY[0]
-        return Image.fromarray(grey).convert("RGB")
-    if image.mode in ("I", "F"):
-        raise ImageError(
-            "image_undecodable", f"32-bit samples (mode {image.mode}) have no defined range; save as 8 or 16 bit"
-        )
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, (*GREY, 255)), rgba).convert("RGB")
-    return image.convert("RGB")
 
 
 def normalize_pixels(pixels: Tensor) -> Tensor:
@@ -224,9 +178,9 @@ _TURNS = {
 }
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _upright(image: Image.Image, orientation: Any) -> Image.Image:
     # `ImageOps.exif_transpose` also writes the EXIF block anew, and fails on good pictures whose other tags are odd.
-    turn = _TURNS.get(_orientation(image))
+    turn = _TURNS.get(orientation)
     return image if turn is None else image.transpose(turn)
 
 
