@@ -2,7 +2,8 @@
 
 What Pillow has decoded does not say all that the file does. These parts are read here before they are lost:
 
-    TIFF, 16-bit grey       whether 0 is white: Pillow turns 1 to 8 bits itself, and leaves 16 as they are stored
+    TIFF, 16-bit grey       whether 0 is white: Pillow turns 1 to 8 bits itself, and leaves 16 as they are stored; and
+                            whether they are 12, which it hands over as 16
     PNG, 2- and 4-bit grey  the hidden sample: Pillow spreads the pixels to 8 bits, and leaves the sample as it is
     PNG, 16-bit RGB         the hidden colour: Pillow keeps the high byte of each sample, and the colour whole
 """
@@ -118,14 +119,16 @@ def _equals(image: Image.Image, colour: list[int]) -> np.ndarray:
 def _from_16_bits(image: Image.Image) -> Image.Image:
     samples = np.asarray(image).astype(np.uint32)
     hidden = samples == image.info.get("transparency", -1)
-    if _white_is_zero(image):
-        samples = 65535 - samples
-    grey = ((samples + 128) // 257).astype(np.uint8)  # 65535 / 255 = 257
+    highest = 2**12 - 1 if _tag(image, ExifTags.Base.BitsPerSample) == (12,) else 2**16 - 1
+    if _tag(image, ExifTags.Base.PhotometricInterpretation) == 0:
+        # One that does not say is taken as Pillow takes it in 8 bits, where it is the one that turns the samples.
+        samples = highest - samples
+    grey = ((255 * samples + highest // 2) // highest).astype(np.uint8)
     grey[hidden] = GREY[0]
     return Image.fromarray(grey).convert("RGB")
 
 
-def _white_is_zero(image: Image.Image) -> bool:
-    # A TIFF that does not say is taken as Pillow takes it in 8 bits, where it is the one that turns the samples.
+def _tag(image: Image.Image, tag: int) -> Any:
+    """What a TIFF says, 0 where it does not; None of another picture."""
     tags = getattr(image, "tag_v2", None)
-    return tags is not None and tags.get(ExifTags.Base.PhotometricInterpretation, 0) == 0
+    return None if tags is None else tags.get(tag, 0)

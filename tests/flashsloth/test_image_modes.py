@@ -212,3 +212,10 @@ def test_16_bits_with_their_high_byte_first():
     assert np.array_equal(pixels(tiff(samples, 16, BLACK_IS_ZERO, order=">")), in_three(in_8_bits(samples, 16)))
     with pytest.raises(ImageError, match=r"^image_undecodable"):  # Pillow does not know it; refused, and not guessed
         decode_image(tiff(samples, 16, WHITE_IS_ZERO, order=">"))
+
+
+def test_12_bits_reach_from_black_to_white():
+    samples = grey_samples(12)
+    assert np.array_equal(pixels(tiff(samples, 12, BLACK_IS_ZERO)), in_three(in_8_bits(samples, 12)))
+    with pytest.raises(ImageError, match=r"^image_undecodable"):  # as of 16 bits with their high byte first
+        decode_image(tiff(samples, 12, WHITE_IS_ZERO))
