@@ -27,6 +27,9 @@ from pipelines.serving.settings import Limits
 PAGE = Path(__file__).with_name("page.html")
 # A reverse proxy that gathers what it passes on would make the stream come in one piece.
 STREAM_HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
+# An order to Serve's own proxy: an answer would be made to its end for a client that has gone. HAProxy takes it away.
+STAYS = "x-request-disconnect-disabled"
+PLAIN_ID = re.compile("[A-Za-z0-9._:-]{1,128}")  # as in `haproxy`, which stands before it on a machine of our own
 
 
 def build_http(service: Service) -> FastAPI:
@@ -59,9 +62,10 @@ def build_http(service: Service) -> FastAPI:
             service.metrics.turned_away(error.status)
             raise
         async with visit.closed_on_error():
+            if STAYS in request.headers:
+                raise ApiError(422, f"the header {STAYS} is not supported", "invalid_request")
             question = await service.read(await _read_body(request, service.limits))
-            # Serve's proxy gives every request an id, the client's own where it sent one, and returns it as a header.
-            request_id = request.headers.get("x-request-id") or uuid.uuid4().hex
+            request_id = _id_of(request)
             num_prompt_tokens = len(question.prompt.input_ids)
             completion = Completion(
                 request_id, service.model_name, service.model_hash, num_prompt_tokens, question.include_usage
@@ -168,6 +172,12 @@ async def _events(
 def _client_of(request: Request, service: Service) -> str:
     address = request.client.host if request.client else "unknown"
     return service.clients.authenticate(request.headers.get("authorization"), address)
+
+
+def _id_of(request: Request) -> str:
+    """Serve's proxy gives every request an id, the client's own where it sent one, and returns it as a header."""
+    request_id = request.headers.get("x-request-id", "")
+    return request_id if PLAIN_ID.fullmatch(request_id) else uuid.uuid4().hex
 
 
 async def _read_body(request: Request, limits: Limits) -> bytes:

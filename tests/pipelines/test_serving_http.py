@@ -42,6 +42,13 @@ def test_an_answer_has_the_shape_of_a_completion(client: TestClient, backend: Ba
     }
 
 
+def test_an_id_that_is_no_short_plain_text_is_replaced(client: TestClient) -> None:
+    for sent, kept in (("mine-1", True), ("x" * 128, True), ("x" * 129, False), ("a b", False), (b"\xff", False)):
+        answer = client.post("/v1/chat/completions", json=body(max_tokens=1), headers={"x-request-id": sent}).json()
+        assert (answer["id"] == f"chatcmpl-{sent!s}") == kept
+        assert re.fullmatch("chatcmpl-[A-Za-z0-9._:-]{1,128}", answer["id"])
+
+
 def test_image_and_question_reach_the_engine_as_the_processor_makes_them(client: TestClient, backend: Backend) -> None:
     uri = data_uri()
     assert post(client, messages=[user(with_image(uri))]).status_code == 200

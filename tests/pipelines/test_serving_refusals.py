@@ -166,6 +166,13 @@ def test_a_compressed_body_is_named_as_one(client: TestClient, backend: Backend)
     assert not backend.prompts
 
 
+def test_nobody_keeps_a_slot_after_he_has_gone(client: TestClient, service: Service, backend: Backend) -> None:
+    response = client.post("/v1/chat/completions", json=body(), headers={"X-Request-Disconnect-Disabled": "?1"})
+    assert (response.status_code, response.json()["error"]["code"]) == (422, "invalid_request")
+    assert "x-request-disconnect-disabled is not supported" in response.json()["error"]["message"]
+    assert not backend.prompts and service._num_open == 0
+
+
 def test_a_large_body_is_refused_with_and_without_its_length(client: TestClient, backend: Backend) -> None:
     large = json.dumps(body(user="x" * LIMITS.max_body_bytes)).encode()
     sent_as_stream = (large[i : i + 1000] for i in range(0, len(large), 1000))
