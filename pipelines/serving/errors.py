@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+_SHOWN = 100  # characters at the beginning, and as many at the end, of what a client is told of what it sent
+
 
 class ApiError(Exception):
     """An answer that is an error, in OpenAI's shape.
@@ -46,6 +48,11 @@ class ApiError(Exception):
         return "server_error" if self.status >= 500 else "invalid_request_error"
 
 
+def shown(text: str) -> str:
+    """`text`, without its middle where it is long: an answer must not grow with what a client sent."""
+    return text if len(text) <= 2 * _SHOWN else f"{text[:_SHOWN]}...{text[-_SHOWN:]}"
+
+
 def unknown_model(asked: str, served: str) -> ApiError:
     """The error for a model that is not the one that is served."""
-    return ApiError(404, f"the model {asked[:100]!r} is not served here; {served!r} is", "model_not_found", "model")
+    return ApiError(404, f"the model {shown(asked)!r} is not served here; {served!r} is", "model_not_found", "model")

@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from pipelines.serving.completions import Completion
-from pipelines.serving.errors import ApiError, unknown_model
+from pipelines.serving.errors import ApiError, shown, unknown_model
 from pipelines.serving.replies import Reply
 from pipelines.serving.service import CLIENT_GONE, Question, Service, Visit
 from pipelines.serving.settings import Limits
@@ -46,7 +46,7 @@ def build_http(service: Service) -> FastAPI:
 
     @http.exception_handler(HTTPException)
     async def answer_wrong_path(request: Request, error: HTTPException) -> JSONResponse:
-        message = f"{request.method} {request.url.path}: {error.detail}"
+        message = f"{request.method} {shown(request.url.path)}: {error.detail}"
         response = await answer_error(request, ApiError(error.status_code, message, "invalid_request"))
         response.headers.update(error.headers or {})  # of a wrong method: which ones are allowed
         return response

@@ -18,7 +18,7 @@ import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
-from pipelines.serving.errors import ApiError
+from pipelines.serving.errors import ApiError, shown
 
 TIMEOUT_S = 10
 _PORTS = {"http": 80, "https": 443}
@@ -157,8 +157,8 @@ def _is_ip(host: str) -> bool:
 
 
 def _refused(message: str) -> ApiError:
-    return ApiError(422, message, "image_url_not_allowed", "messages")
+    return ApiError(422, shown(message), "image_url_not_allowed", "messages")
 
 
 def _failed(message: str) -> ApiError:
-    return ApiError(422, message, "image_url_failed", "messages")
+    return ApiError(422, shown(message), "image_url_failed", "messages")

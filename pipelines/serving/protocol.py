@@ -13,13 +13,12 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError
 
 from flashsloth.conversation import ConversationError, read_conversation
 from flashsloth.image_processing_flashsloth import ImageError, decode_image, is_data_uri, read_data_uri
-from pipelines.serving.errors import ApiError, unknown_model
+from pipelines.serving.errors import ApiError, shown, unknown_model
 from pipelines.serving.sampling import Sampling
 from pipelines.serving.settings import Limits
 from pipelines.serving.wire import NUMBER, TRUTH, Wire, nothing_but
 
 _TEXT, _PARTS = "<text>", "<parts>"  # a message's content; not to be mixed up with the name of a field
-_SHOWN = 100  # characters of what a client sent, in what it is told of it
 
 
 class TextPart(Wire):
@@ -116,7 +115,7 @@ def parse_request(body: bytes, model_name: str) -> ChatRequest:
     try:
         request = ChatRequest.model_validate_json(body)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
+        first = error.errors(include_url=False, include_input=False)[0]
         param = _field(first["loc"])
         raise ApiError(422, _explain(first["type"], param, first["msg"]), "invalid_request", param) from error
     if request.model != model_name:
@@ -135,13 +134,12 @@ def read_sampling(request: ChatRequest, limits: Limits) -> Sampling:
         )
     asked = request.max_completion_tokens if request.max_tokens is None else request.max_tokens
     if asked is not None and asked > limits.max_tokens:
-        raise ApiError(
-            422, f"max_tokens is {asked}, at most {limits.max_tokens} are allowed", "max_tokens_too_large", "max_tokens"
-        )
+        message = f"max_tokens is {shown(str(asked))}, at most {limits.max_tokens} are allowed"
+        raise ApiError(422, message, "max_tokens_too_large", "max_tokens")
     stops = request.stop or []
     if len(stops) > 4 or not all(stops):
-        shown = repr(stops)[:_SHOWN]
-        raise ApiError(422, f"stop takes 1 to 4 texts that are not empty, got {shown}", "invalid_request", "stop")
+        message = f"stop takes 1 to 4 texts that are not empty, got {shown(repr(stops))}"
+        raise ApiError(422, message, "invalid_request", "stop")
     return Sampling(
         max_tokens=asked or min(limits.default_max_tokens, limits.max_tokens),
         temperature=request.temperature or 0.0,
@@ -177,13 +175,13 @@ def _field(loc: tuple[int | str, ...]) -> str | None:
     """Where a fault lies, as a client would write it: `messages.0.content.1.image_url.url`; None: nowhere in it."""
     place = [part for part in loc if part not in (_TEXT, _PARTS)]
     del place[4:5]  # messages, 0, content, 1: then comes the type of the part, which chose how to read it
-    return ".".join(map(str, place)) or None
+    return ".".join(shown(str(part)) for part in place) or None
 
 
 def _explain(kind: str, param: str | None, message: str) -> str:
     if kind in ("extra_forbidden", "unsupported"):
         return f"the field {param!r} is not supported"
-    return f"{param}: {message}" if param else message
+    return f"{param}: {shown(message)}" if param else shown(message)
 
 
 def _check_image_places(request: ChatRequest) -> None:

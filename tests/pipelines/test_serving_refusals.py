@@ -135,8 +135,22 @@ def test_a_broken_body_is_refused(text: bytes, client: TestClient, backend: Back
 
 
 def test_a_refusal_repeats_little_of_what_was_sent(client: TestClient) -> None:
-    for changes in ({"model": "x" * 20_000}, {"stop": ["x" * 5000] * 5}):
-        assert len(post(client, **changes).text) < 500
+    long = "x" * 20_000
+    for changes in (
+        {"model": long},
+        {"stop": ["x" * 5000] * 5},
+        {long: 1},
+        {"metadata": {long: 1}},
+        {"max_tokens": 10**4000},
+        {"messages": [user([{"type": long}])]},
+        {"messages": [user([{"type": "text", "text": "x", long: 1}])]},
+        {"messages": [user(with_image(f"{long}:x"))]},
+        {"messages": [user(with_image(f"data:{long}"))]},
+    ):
+        response = post(client, **changes)
+        assert 400 < response.status_code < 500 and len(response.text) < 1000, response.text
+    assert len(client.get(f"/{long}").text) < 1000
+    assert "'text', 'image_url'" in post(client, messages=[user([{"type": long}])]).json()["error"]["message"]
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(service: Service) -> None:
