@@ -74,7 +74,7 @@ def chat_pieces(messages: Sequence[Message], has_image: bool, system: str, query
         query_separator: text between a question and its query tokens.
 
     Raises:
-        ConversationError: conversation_empty, malformed_message, role_order, empty_question, empty_answer.
+        ConversationError: conversation_empty, malformed_message, role_order, empty_question; of a sample, empty_answer.
     """
     _check_turns(messages)
     is_sample = messages[-1]["role"] == "assistant"  # nothing is learned from a prompt, not even its earlier answers
@@ -82,7 +82,9 @@ def chat_pieces(messages: Sequence[Message], has_image: bool, system: str, query
     for index, message in enumerate(messages):
         turn, content = index // 2 + 1, message["content"]
         if message["role"] == "assistant":
-            pieces += [Piece("text", " " + content, learned=is_sample), Piece("eos", learned=is_sample)]
+            if content:  # an earlier answer may be empty in a prompt: there the model ended at once
+                pieces.append(Piece("text", " " + content, learned=is_sample))
+            pieces.append(Piece("eos", learned=is_sample))
             continue
         if turn > 1:
             pieces.append(Piece("text", "USER:"))
@@ -171,7 +173,8 @@ def _check_turns(messages: Sequence[Message]) -> None:
                     "not the conversation's: say it in the first question"
                 )
             raise ConversationError("role_order", f"message {index} is {message['role']!r}, not {expected!r}{remedy}")
-        if _is_blank(message["content"]):
+        # The model can say nothing, and is asked on; to learn that is another matter.
+        if _is_blank(message["content"]) and (expected == "user" or messages[-1]["role"] == "assistant"):
             reason = "empty_question" if expected == "user" else "empty_answer"
             raise ConversationError(reason, f"message {index} ({expected}) has no text")
 

@@ -60,6 +60,12 @@ def test_chat_without_a_system_text():
     assert chat_pieces([user("What?")], False, "", " ")[0] == Piece("text", "USER:")
 
 
+def test_an_earlier_answer_of_a_prompt_may_be_empty():
+    pieces = chat([user("a"), assistant(""), user("b")])
+    place = pieces.index(Piece("eos"))
+    assert pieces[place - 1 : place + 2] == [Piece("text", " ASSISTANT:"), Piece("eos"), Piece("text", "USER:")]
+
+
 def test_caption_throws_the_instruction_away():
     assert caption_pieces([user("Describe."), assistant("a red bus")], has_image=True) == [
         Piece("image"),
@@ -81,6 +87,7 @@ def test_caption_throws_the_instruction_away():
         ([user("  \n")], "empty_question"),
         ([user("a"), assistant(" ")], "empty_answer"),
         ([user("a"), assistant("\u200b\ufeff \u2060\u200d")], "empty_answer"),
+        ([user("a"), assistant(""), user("b"), assistant("c")], "empty_answer"),
         ([{"content": "a"}], "malformed_message"),
         ([{"role": "user", "content": None}], "malformed_message"),
     ],

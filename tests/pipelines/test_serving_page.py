@@ -284,6 +284,25 @@ def test_an_answer_that_is_cut_off_is_shown_as_such(site: Site, open_page: Any) 
     expect(page.locator(".figures")).to_have_count(0)
 
 
+def test_an_empty_answer_is_seen_and_not_sent_as_something_else(site: Site, open_page: Any) -> None:
+    page = open_page(site)
+    expect(page.locator("#model")).to_have_text("tiny")
+    bodies: list[Any] = []
+
+    def answer_nothing(route: Any) -> None:
+        bodies.append(route.request.post_data_json)
+        choice = {"index": 0, "delta": {}, "finish_reason": "stop"}
+        event = json.dumps({"choices": [choice], "usage": {"completion_tokens": 0}})
+        route.fulfill(content_type="text/event-stream", body=f"data: {event}\n\ndata: [DONE]\n\n")
+
+    page.route("**/chat/completions", answer_nothing)
+    for count in (1, 2):
+        page.keyboard.type("What is it?\n")
+        wait_for_answers(page, count)
+    expect(page.locator(".assistant")).to_have_text(["\u2026", "\u2026"])
+    assert "\u2026" not in json.dumps(bodies, ensure_ascii=False)
+
+
 def test_on_a_phone_nothing_is_cut_off(site: Site, open_page: Any) -> None:
     page = open_page(site, viewport={"width": 360, "height": 640}, has_touch=True, is_mobile=True, color_scheme="dark")
     page.set_input_files("#files", pictures(3))
