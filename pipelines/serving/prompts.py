@@ -61,7 +61,7 @@ class Encoder:
             ConversationError: it ends otherwise, cannot be laid out, or is longer than `max_length` tokens.
             TypeError: `messages` is no list, or `image` no PIL image.
         """
-        if isinstance(messages, str | Mapping):
+        if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
             raise TypeError('messages is a list of turns, such as [{"role": "user", "content": "What is it?"}]')
         if image is not None and not isinstance(image, Image.Image):
             raise TypeError(f"image is a {type(image).__name__}; give a PIL image, such as Image.open(path)")
@@ -78,8 +78,8 @@ def check_prompt(prompt: Prompt, config: FlashSlothConfig, max_length: int) -> N
 
     Raises:
         TypeError: it is no prompt.
-        ValueError: it is empty, its parts do not match in number, or with its answer it is longer than `max_length`; of
-            an answer that shrinks, with its first token.
+        ValueError: it is empty, its parts do not match in number, a token is none of the vocabulary, or with its answer
+            it is longer than `max_length`; of an answer that shrinks, with its first token.
     """
     if not isinstance(prompt, Prompt):
         raise TypeError(f"a request is a Prompt, not a {type(prompt).__name__}: Encoder(processor).prompt makes one")
@@ -88,6 +88,10 @@ def check_prompt(prompt: Prompt, config: FlashSlothConfig, max_length: int) -> N
         raise ValueError(
             f"{length} input_ids and {len(prompt.question_ids)} question_ids: give one each per token, at least one"
         )
+    vocabulary = config.text_config.vocab_size
+    strange = [token for token in (min(prompt.input_ids), max(prompt.input_ids)) if not 0 <= token < vocabulary]
+    if strange:
+        raise ValueError(f"{strange[0]} stands in input_ids; the model's vocabulary has {vocabulary} tokens, from 0 on")
     if prompt.sampling.shrinks and length >= max_length:
         raise ValueError(
             f"{length} prompt tokens leave no room for an answer in a slot, which holds {max_length}: shorten the "

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 
@@ -36,22 +37,26 @@ class Sampling:
     shrinks: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise ValueError(f"max_tokens is {self.max_tokens}, an answer has at least 1 token")
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature is {self.temperature}, it must be finite and cannot be negative")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}, it must lie in (0, 1]")
+        if type(self.max_tokens) is not int or self.max_tokens < 1:
+            raise ValueError(f"max_tokens is {self.max_tokens!r}, it must be a whole number: at least 1 token")
+        if not (_is_number(self.temperature) and 0 <= self.temperature < float("inf")):
+            raise ValueError(f"temperature is {self.temperature!r}, it must be a finite number, not a negative one")
+        if not (_is_number(self.top_p) and 0 < self.top_p <= 1):
+            raise ValueError(f"top_p is {self.top_p!r}, it must lie in (0, 1]")
         if isinstance(self.stop, str):
             raise ValueError(f"stop is the string {self.stop!r}; give a tuple of texts, ({self.stop!r},)")
-        if not all(isinstance(text, str) for text in self.stop):
+        if not isinstance(self.stop, Collection) or not all(isinstance(text, str) for text in self.stop):
             raise ValueError(f"stop is {self.stop!r}; give a tuple of texts")
         if "" in self.stop:
             raise ValueError("stop holds an empty text, before which every answer would end")
         if self.seed is not None and not (type(self.seed) is int and -(2**63) <= self.seed < 2**64):
             raise ValueError(f"seed is {self.seed!r}, it must be a whole number from -2**63 up to below 2**64")
-        if self.deadline_s is not None and not self.deadline_s > 0:
-            raise ValueError(f"deadline_s is {self.deadline_s}, it must be above 0")
+        if self.deadline_s is not None and not (_is_number(self.deadline_s) and self.deadline_s > 0):
+            raise ValueError(f"deadline_s is {self.deadline_s!r}, it must be above 0, or None")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 class Draws:

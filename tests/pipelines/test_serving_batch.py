@@ -207,6 +207,8 @@ def spoiled(prompt: Prompt, what: str) -> Prompt:
         "no tokens": {"input_ids": [], "question_ids": []},
         "short questions": {"question_ids": prompt.question_ids[1:]},
         "cut": {"input_ids": prompt.input_ids[:-8], "question_ids": prompt.question_ids[:-8]},
+        "unknown token": {"input_ids": [10**6, *prompt.input_ids[1:]]},
+        "negative token": {"input_ids": [-1, *prompt.input_ids[1:]]},
         "too long": {"sampling": replace(prompt.sampling, max_tokens=1000)},
     }
     return replace(prompt, **changes[what])
@@ -221,6 +223,8 @@ def spoiled(prompt: Prompt, what: str) -> Prompt:
         ("no tokens", "0 input_ids and 0 question_ids"),
         ("short questions", r"\d+ input_ids and \d+ question_ids"),
         ("cut", "query tokens are no whole number of turns of 9"),
+        ("unknown token", "1000000 stands in input_ids; the model's vocabulary has 512 tokens"),
+        ("negative token", "-1 stands in input_ids"),
         ("too long", r"up to 1000 answer tokens are 10\d\d, a slot holds 1024"),
     ],
 )

@@ -177,7 +177,7 @@ def test_a_conversation_must_end_with_a_question(engine: Engine) -> None:
 
 def test_what_is_no_conversation_or_no_picture_is_told_what_is(engine: Engine) -> None:
     encoder: Any = Encoder(engine.processor)
-    for messages in ("What is it?", conversation("What is it?")[0]):
+    for messages in ("What is it?", conversation("What is it?")[0], None):
         with pytest.raises(TypeError, match="messages is a list of turns"):
             encoder.prompt(messages)
     with pytest.raises(ConversationError, match="message 0 needs a role and a content"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -92,9 +94,17 @@ def test_one_number_that_is_none_spoils_its_row() -> None:
         {"seed": "x"},
         {"seed": True},
         {"stop": (1,)},
+        {"stop": None},
+        {"max_tokens": 3.5},
+        {"max_tokens": None},
+        {"max_tokens": True},
+        {"temperature": None},
+        {"temperature": "1"},
+        {"top_p": None},
+        {"deadline_s": "1"},
     ],
 )
-def test_settings_that_make_no_sense_are_refused(wrong: dict[str, float]) -> None:
+def test_settings_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Sampling(**wrong)
 
