@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError
+from pydantic import BeforeValidator, Discriminator, Field, StringConstraints, Tag, ValidationError
 
 from flashsloth.conversation import ConversationError, read_conversation
 from flashsloth.image_processing_flashsloth import ImageError, decode_image, is_data_uri, read_data_uri
@@ -31,7 +31,7 @@ class TextPart(Wire):
 class ImageUrl(Wire):
     """Where an image is: a data URI or, for hosts that are allowed, an http(s) address."""
 
-    url: str
+    url: Annotated[str, StringConstraints(strip_whitespace=True)]
     detail: Literal["auto", "low", "high"] | None = None
     """"low" shows the model no more of the picture than fits on one tile, which only HD checkpoints can tell."""
 
@@ -81,8 +81,8 @@ class ChatRequest(Wire):
     n: Annotated[Literal[1] | None, NUMBER] = None
     stream: Annotated[bool | None, TRUTH] = None
     stream_options: StreamOptions | None = None
-    presence_penalty: Annotated[float | None, NUMBER] = Field(default=None, ge=0, le=0)
-    frequency_penalty: Annotated[float | None, NUMBER] = Field(default=None, ge=0, le=0)
+    presence_penalty: Annotated[Any, NUMBER, nothing_but(0)] = None
+    frequency_penalty: Annotated[Any, NUMBER, nothing_but(0)] = None
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None

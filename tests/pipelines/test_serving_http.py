@@ -67,6 +67,12 @@ def test_the_scheme_of_a_data_uri_is_written_in_any_case(client: TestClient, bac
     assert len({prompt.image_key for prompt in backend.prompts}) == 1
 
 
+def test_blanks_around_an_address_are_no_part_of_it(client: TestClient, backend: Backend) -> None:
+    for uri in (data_uri(), f" {data_uri()}", f"\n{data_uri()}\n"):
+        assert post(client, messages=[user(with_image(uri))]).status_code == 200
+    assert len({prompt.image_key for prompt in backend.prompts}) == 1
+
+
 def test_a_data_uri_may_be_broken_into_lines(client: TestClient, backend: Backend) -> None:
     header, _, payload = data_uri().partition(",")
     broken = header + "," + "\n".join(payload[start : start + 76] for start in range(0, len(payload), 76))
