@@ -6,6 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+from huggingface_hub.utils import validate_repo_id
 
 _PATIENCE_S = 10
 
@@ -31,10 +32,7 @@ def is_missing(name: str) -> bool:
     """Whether the model `name` can be had from nowhere: `only_local`, and this machine has neither folder nor copy."""
     if not only_local(name) or Path(name).is_dir():
         return False
-    try:
-        return not isinstance(try_to_load_from_cache(name, "config.json"), str)
-    except HFValidationError:
-        return True
+    return not _may_be_a_repository(name) or not isinstance(try_to_load_from_cache(name, "config.json"), str)
 
 
 def for_any_process(name: str) -> str:
@@ -43,7 +41,15 @@ def for_any_process(name: str) -> str:
 
 
 def where(name: str, is_only_local: bool) -> str:
-    """`name`, with what was found out about it, for an error."""
-    if not is_only_local or Path(name).is_dir():
-        return name
-    return f"{name} (no folder here; the Hugging Face hub was not reached, or cannot have this name)"
+    """`name` for an error; one that the hub may have, with the remark that the hub was not reached."""
+    if is_only_local and not Path(name).is_dir() and _may_be_a_repository(name):
+        return f"{name} (no folder here, and the Hugging Face hub was not reached)"
+    return name
+
+
+def _may_be_a_repository(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True

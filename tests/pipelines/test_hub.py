@@ -66,7 +66,10 @@ def test_a_folder_is_named_for_processes_elsewhere(tmp_path: Path, monkeypatch: 
 def test_what_can_be_no_repository_is_only_local(tmp_path: Path) -> None:
     name = str(tmp_path / "nothing")
     assert only_local(name)
-    assert "no folder here" in where(name, True)
+    assert where(name, True) == name
+    assert (
+        where("outputs/nothing", True) == "outputs/nothing (no folder here, and the Hugging Face hub was not reached)"
+    )
 
 
 def test_a_hub_that_answers_is_asked_for_the_files(hub: str) -> None:
