@@ -4,11 +4,11 @@
     a/000017.json    `{"conversations"}` (ShareGPT's or LLaVA's turns) or `{"messages"}`, with an `id` if there is one
     a/000017.txt     or a caption instead; `{"caption"}` in the json does as well (img2dataset writes both)
 
-What a json calls its image is a name from before the tar, and is passed over. A caption becomes an answer to an empty
-question, which the caption layout throws away anyhow. An image without any text is there to be annotated: nothing can
-be learned from it. A scan reads the headers alone where the tar lies on a disk, and a chunk is one range of bytes. A
-tar that is compressed cannot be read so. A link to another file is not followed, which may lie far from the chunk, nor
-are holes filled that were left out of a file (tar --sparse): such samples are quarantined.
+What a json calls an image that stands beside it is a name from before the tar, and is passed over. A caption becomes an
+answer to an empty question, which the caption layout throws away anyhow. An image without any text is there to be
+annotated: nothing can be learned from it. A scan reads the headers alone where the tar lies on a disk, and a chunk is
+one range of bytes. A tar that is compressed cannot be read so. A link to another file is not followed, which may lie
+far from the chunk, nor are holes filled that were left out of a file (tar --sparse): such samples are quarantined.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ def _record(name: str, files: list[tuple[str, bytes]], odd: list[TarInfo]) -> Re
     # What the row itself says of images are names that they had before they came into the tar.
     row = {field: value for field, value in row.items() if field != "image"} | {"id": own_id, "images": images}
     if "messages" in row:
-        typed_content.without_names(row["messages"])
+        if images:
+            typed_content.without_names(row["messages"])
         return messages.record(row)
     if "conversations" in row:
         return sharegpt.record(row)
