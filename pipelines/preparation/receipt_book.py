@@ -64,7 +64,7 @@ class ReceiptBook(ABC, Generic[PlanKind, ReceiptKind]):
         self._kind = kind
         self._open_plan()
         receipts = list(load_receipts(kind, output))
-        self.lost = self._faults_of(receipts)
+        self.lost = self._faults_of([receipt for receipt in receipts if receipt.plan == self.plan_identity])
         for receipt in receipts:
             if receipt.chunk not in self.lost:
                 self.enter(receipt)

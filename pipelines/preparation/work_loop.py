@@ -30,7 +30,8 @@ def work_off(book: ReceiptBook[PlanKind, ReceiptKind], run: Callable[[list[int]]
     if book.receipts:
         print(f"resuming: {len(book.receipts)} of {len(book.plan.chunks)} chunks are done", flush=True)
     if book.lost:
-        print(f"done anew: {len(book.lost)} chunks; {next(iter(book.lost.values()))}", flush=True)
+        fault = next(iter(book.lost.values()))
+        print(f"done anew: {len(book.lost)} of {len(book.plan.chunks)} chunks, such as that of {fault}", flush=True)
     book.check_share()
     if not book.pending:
         return

@@ -102,6 +102,17 @@ def test_a_chunk_whose_shard_is_lost_is_done_anew(place: str, is_cut: bool) -> N
     assert resumed.publish().written == 6
 
 
+def test_a_receipt_of_another_plan_is_refused_before_any_work_even_where_its_shard_is_lost(tmp_path: Path) -> None:
+    place, plan = str(tmp_path), make_plan()
+    Ledger(place, plan, 0.5)
+    foreign = make_receipt(place, make_plan(layout="caption"), 1)
+    storage.write_bytes(storage.join(place, foreign.name), foreign.model_dump_json().encode())
+    assert foreign.shard
+    damage(storage.join(place, foreign.shard.name), None)
+    with pytest.raises(PlanError, match="a receipt of plan"):
+        Ledger(place, plan, 0.5)
+
+
 def damage(uri: str, data: bytes | None) -> None:
     """Put `data` where an object is, or nothing."""
     if data is not None:
