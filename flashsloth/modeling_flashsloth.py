@@ -131,9 +131,14 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """Encode images: `last_hidden_state` float[N, T * P, V] for EmbQ, `pooler_output` float[N, T * R, D]."""
-        return self._project(self.get_patch_features(pixel_values))
+        return self.project_patches(self.get_patch_features(pixel_values))
 
-    def _project(self, patch_features: torch.Tensor) -> BaseModelOutputWithPooling:
+    def project_patches(self, patch_features: torch.Tensor) -> BaseModelOutputWithPooling:
+        """Encode images from what the tower makes of them, float[N, T, P, V]; returns as `get_image_features`.
+
+        Raises:
+            ValueError: the number of tiles, of patches or their width is not the configured one.
+        """
         patches = patch_features[:, None] if patch_features.dim() == 3 else patch_features
         expected = (self.config.num_tiles, self.config.num_patches, self.config.vision_config.hidden_size)
         if tuple(patches.shape[1:]) != expected:
@@ -170,7 +175,7 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
         if absent:
             # One image of zeros for the small parts. Of the tower it holds an empty sum: its gradients are zeros.
             features = features.new_zeros((1, *features.shape[1:])) + features.sum()
-        return self._project(features), absent
+        return self.project_patches(features), absent
 
     def embed(
         self, input_ids: torch.Tensor, image: BaseModelOutputWithPooling | None, absent: bool = False

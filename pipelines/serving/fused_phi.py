@@ -10,23 +10,20 @@ Shapes: B rows, S positions, H heads, D width of a head, W width of the model.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PhiModel
-from transformers.activations import ACT2FN
 
 from flashsloth.embedded_query import QueryPlan
+from pipelines.serving.fused_linear import activation_in_place, join_weights
 
 Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 """Queries float[B, H, S, D], keys and values float[B, H, S, D] of the new positions and the index of the layer, to what
 the queries find, float[B, H, S, D]. Where older keys and values come from is its affair."""
-
-TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 
 
 class FusedPhi:
@@ -84,10 +81,10 @@ class FusedLayer:
         self.head_width = attention.head_dim
         self.num_keys = attention.config.num_key_value_heads
         self.num_queries = attention.config.num_attention_heads
-        self.activate = _in_place(attention.config.hidden_act)
+        self.activate = activation_in_place(attention.config.hidden_act)
         inward = [attention.v_proj, attention.k_proj, attention.q_proj, mlp.fc1]
         outward = [attention.dense, mlp.fc2]
-        self.weight_in, self.weight_out = _joined(inward, dim=0), _joined(outward, dim=1)
+        self.weight_in, self.weight_out = join_weights(inward, dim=0), join_weights(outward, dim=1)
         self.bias_in = torch.cat([linear.bias.detach() for linear in inward])
         self.bias_out = attention.dense.bias.detach() + mlp.fc2.bias.detach()
 
@@ -112,19 +109,3 @@ class FusedLayer:
         self.activate(projected[:, split:])
         outward = projected[:, 2 * keys * self.head_width :]
         return F.linear(outward, self.weight_out, self.bias_out).view_as(hidden).add_(hidden)
-
-
-def _in_place(activation: str) -> Callable[[Tensor], Tensor]:
-    if activation in TANH_GELUS:  # transformers spells it out in eight operations
-        return functools.partial(torch.ops.aten.gelu_, approximate="tanh")
-    function = ACT2FN[activation]
-    return lambda inner: inner.copy_(function(inner))
-
-
-def _joined(linears: list[nn.Linear], dim: int) -> Tensor:
-    """The weights of `linears` side by side, of which theirs become views."""
-    joined = torch.cat([linear.weight.detach() for linear in linears], dim=dim)
-    parts = joined.split([linear.weight.shape[dim] for linear in linears], dim=dim)
-    for linear, part in zip(linears, parts, strict=True):
-        linear.weight.data = part
-    return joined

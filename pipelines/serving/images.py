@@ -12,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from flashsloth import FlashSlothForConditionalGeneration
 from flashsloth.image_processing_flashsloth import normalize_pixels
+from pipelines.serving.fused_siglip import FusedSiglip
 from pipelines.serving.prompts import Prompt
 
 
@@ -32,6 +33,7 @@ class ImageStore:
 
     def __init__(self, model: FlashSlothForConditionalGeneration, budget_bytes: int) -> None:
         self.model = model
+        self._tower = FusedSiglip(model.model.vision_tower)
         self.budget_bytes = budget_bytes
         self.num_bytes = 0
         self.num_encoded = 0
@@ -64,8 +66,9 @@ class ImageStore:
         self.num_bytes = 0
 
     def _encode(self, images: list[np.ndarray]) -> list[EncodedImage]:
-        pixels = torch.from_numpy(np.stack(images)).to(self.model.device)
-        encoded = self.model.get_image_features(normalize_pixels(pixels).to(self.model.dtype))
+        tiles = normalize_pixels(torch.from_numpy(np.stack(images)).to(self.model.device)).to(self.model.dtype)
+        patches = self._tower(tiles.flatten(0, 1)).unflatten(0, tiles.shape[:2])
+        encoded = self.model.model.project_patches(patches)
         self.num_encoded += len(images)
         return [EncodedImage(*pair) for pair in zip(encoded.last_hidden_state, encoded.pooler_output, strict=True)]
 
