@@ -54,6 +54,8 @@ check: $(INSTALLED)  ## lint, format, types, layering
 # Tests of jobs wait a lot for processes to start and to end: three at a time keep two cores busy. A file's tests share
 # fixtures. In the order of tests/conftest.py the long files come early, so that none waits long for another at the end.
 test: $(INSTALLED) $(if $(CI),browser)  ## every test
+	@# Built alone it takes a minute, once; by the first test that trains, beside two processes of others, up to ten.
+	@DS_ACCELERATOR=cpu $(BIN)/python -c 'from pipelines.training.compiler import build_cpu_operator as b; b()'
 	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 # The page is tested in a browser. Only a CI machine gets one this way; elsewhere that test says what it misses.

@@ -25,7 +25,8 @@ def start_ray(num_cpus: int | None = None) -> None:
             keeps what it has.
 
     Raises:
-        ConnectionError: `RAY_ADDRESS` is set and nothing answers there. No local cluster is started in its place.
+        ConnectionError: `RAY_ADDRESS` is set and nothing answers there; no local cluster is started in its place. Or
+            there is none to start on a machine that is too busy.
     """
     if ray.is_initialized():
         return
@@ -92,10 +93,27 @@ def _start_local(num_cpus: int | None) -> None:
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     # It then warns that the cluster is protected, which nobody has to act on.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-    ray.init("local", num_cpus=num_cpus, include_dashboard=False, logging_level=logging.WARNING)
+    for last in (False, True):
+        try:
+            ray.init("local", num_cpus=num_cpus, include_dashboard=False, logging_level=logging.WARNING)
+            break
+        except Exception as error:
+            if type(error) is not Exception:  # all that Ray says where its processes were not there in time
+                raise
+            if last:
+                raise ConnectionError(
+                    f"Ray did not start on this machine, twice ({_first_line(error)}): it waits 15 s for some of its "
+                    "processes, and a busy machine needs longer; end what else runs, or see "
+                    "/tmp/ray/session_latest/logs"
+                ) from error
+            print(f"ray: did not start in time ({_first_line(error)}); trying once more", flush=True)
     print(f"ray: started a local cluster ({_describe_resources()})", flush=True)
 
 
 def _describe_resources() -> str:
     resources = ray.cluster_resources()
     return f"{resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition(". ")[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import ray
@@ -77,3 +78,33 @@ def test_an_address_that_nobody_answers_is_an_error(tmp_path) -> None:
     run = run_script(tmp_path, RAY_ADDRESS="127.0.0.1:1", RAY_AUTH_MODE="disabled")
     assert run.returncode != 0
     assert "RAY_ADDRESS=127.0.0.1:1: no Ray cluster answers there" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "tries", "raised"),
+    [
+        # What Ray raises then is no class of its own.
+        (Exception("The current node timed out during startup. This could ..."), 2, ConnectionError),
+        (ValueError("no such thing"), 1, ValueError),
+    ],
+)
+def test_a_machine_that_is_too_busy_gets_a_second_try(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+    tries: int,
+    raised: type[Exception],
+) -> None:
+    started: list[str] = []
+
+    def fail(address: str, **_: Any) -> None:
+        started.append(address)
+        raise error
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", fail)
+    with pytest.raises(raised, match=str(error).partition(".")[0]):
+        start_ray()
+    assert started == ["local"] * tries
+    assert capsys.readouterr().out.count("trying once more") == tries - 1
