@@ -113,8 +113,11 @@ def plain_messages(turns: list[tuple[str, Any]], own_id: str, name: str) -> list
 def record(row: dict[str, Any], own_id: str, messages: list[Message], image: str | bytes | None) -> Record:
     """A record with the `question_types` of `row`, a list with one text per user turn or nothing, and its `system`.
 
-    A model has one system text, its processor's: a row that brings another is quarantined as `role_order`.
+    A model has one system text, its processor's: a row that brings another is quarantined as `role_order`. So is, as
+    row_malformed, one that offers tools, which an answer would have to know of.
     """
+    if row.get("tools") not in (None, "", "[]", []):
+        raise RowError("row_malformed", "the row has tools; FlashSloth answers in text alone", own_id)
     types = row.get("question_types") or []
     if not isinstance(types, list) or not all(isinstance(kind, str) for kind in types):
         raise RowError("row_malformed", "'question_types' is a list of texts", own_id)

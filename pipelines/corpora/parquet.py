@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines import storage
-from pipelines.corpora import fields, messages, questions, row_groups, sharegpt, typed_content
+from pipelines.corpora import fields, image_structs, messages, questions, row_groups, sharegpt
 from pipelines.corpora.spans import Extent, Span
 from pipelines.records import FileFormatError, Record, Row, RowError
 
@@ -29,7 +29,7 @@ _TEXTS: dict[str, Callable[[Any], Record]] = {
     "messages": messages.record,
     "question": questions.record,
 }
-_COLUMNS = ("id", *fields.MEDIA, *_TEXTS, "answer", "system", "question_types")
+_COLUMNS = ("id", *fields.MEDIA, *_TEXTS, "answer", "system", "tools", "question_types")
 _BATCH_ROWS = 32  # with their images
 
 
@@ -69,11 +69,7 @@ def _content(batch: pa.RecordBatch, row: int) -> Record | RowError:
     try:
         [value] = batch.slice(row, 1).to_pylist()
         own_id = fields.own_id(value)
-        for field in ("image", "images"):
-            held = value.get(field)
-            value[field] = [_image(each, own_id) for each in held] if isinstance(held, list) else _image(held, own_id)
-        for part in typed_content.image_parts(value.get("messages")):
-            part["image"] = _image(part.get("image"), own_id)
+        image_structs.replace(value, own_id)
         return next((record for field, record in _TEXTS.items() if field in value), _image_alone)(value)
     except UnicodeDecodeError as error:
         return RowError("row_malformed", f"not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}")
@@ -84,13 +80,3 @@ def _content(batch: pa.RecordBatch, row: int) -> Record | RowError:
 def _image_alone(row: dict[str, Any]) -> Record:
     own_id = fields.own_id(row)
     return Record([], own_id, fields.one_image(fields.images(row, own_id), own_id))
-
-
-def _image(value: Any, own_id: str) -> Any:
-    if not isinstance(value, dict):
-        return value
-    if value.get("bytes") is not None:
-        return value["bytes"]
-    if not value.get("path"):
-        raise RowError("image_missing", f"the image is a struct ({', '.join(value)}) without bytes and path", own_id)
-    return value["path"]

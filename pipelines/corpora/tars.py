@@ -1,14 +1,13 @@
-"""The files in a tar, and the samples that they make in WebDataset."""
+"""The files in a tar, in constant memory."""
 
 from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Collection, Iterable, Iterator
-from itertools import groupby
+from collections.abc import Iterator
 from typing import BinaryIO
 
-from pipelines.records import FileFormatError, RowError
+from pipelines.records import FileFormatError
 
 BLOCK = tarfile.BLOCKSIZE
 """Bytes; a file's place in a tar is a multiple of it."""
@@ -26,7 +25,7 @@ def stop(member: tarfile.TarInfo) -> int:
 
 
 def members(file: BinaryIO | io.BytesIO, path: str, ends: bool) -> Iterator[tarfile.TarInfo]:
-    """The files in a tar, in constant memory, and what is not `is_plain`: links and files without holes.
+    """The files in a tar, and what is not `is_plain`: links and files without holes.
 
     The `size` of these is what they take in the tar.
 
@@ -62,43 +61,5 @@ def members(file: BinaryIO | io.BytesIO, path: str, ends: bool) -> Iterator[tarf
         block = file.read(2**20)
 
 
-def samples(
-    members: Iterator[tarfile.TarInfo], read: Collection[str]
-) -> Iterator[tuple[str, Iterator[tarfile.TarInfo]]]:
-    """The name and the members of each sample; what is not `is_plain` and would not be read is passed over.
-
-    So are files whose name begins with a dot or has none, as in WebDataset: macOS puts a ._0.jpg before each 0.jpg.
-
-    Args:
-        members: of the tar.
-        read: suffixes of the files that are read.
-    """
-    kept = (each for each in members if _belongs(each.name) and (is_plain(each) or split(each.name)[1] in read))
-    return groupby(kept, key=lambda member: split(member.name)[0])
-
-
-def refuse(members: Iterable[tarfile.TarInfo], image_suffixes: Collection[str], own_id: str) -> None:
-    """Raise RowError for the first of `members`, those of a sample that are not `is_plain`."""
-    for member in members:
-        reason = "image_not_a_file" if split(member.name)[1] in image_suffixes else "row_malformed"
-        what, remedy = f"a link to {member.linkname}, not a file in the tar", "--dereference"
-        if member.islnk():
-            remedy = "--hard-dereference"
-        elif member.issparse():
-            what, remedy = "in the tar without its holes", "without --sparse"
-        raise RowError(reason, f"{member.name} is {what}; pack it with tar {remedy}", own_id)
-
-
-def split(name: str) -> tuple[str, str]:
-    """What the files of a sample share of their names, and the suffix."""
-    folder, slash, base = name.removeprefix("./").rpartition("/")
-    stem, _, suffix = base.partition(".")
-    return folder + slash + stem, suffix.lower()
-
-
 def _is_link(member: tarfile.TarInfo) -> bool:
     return member.islnk() or member.issym()
-
-
-def _belongs(name: str) -> bool:
-    return name.rpartition("/")[2].find(".") > 0

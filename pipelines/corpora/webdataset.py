@@ -15,21 +15,11 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from tarfile import TarInfo
 
 from pipelines import storage
-from pipelines.corpora import fields, json_rows, messages, sharegpt, tars, typed_content
+from pipelines.corpora import fields, json_rows, messages, sharegpt, tar_samples, tars, typed_content
 from pipelines.corpora.spans import Extent, Span
 from pipelines.records import Message, Record, Row, RowError
-
-IMAGE_SUFFIXES = (
-    *("jpg", "jpeg", "jfif", "png", "webp", "bmp", "tif", "tiff", "gif"),
-    # These will be refused, and not be taken for rows without an image.
-    *("avif", "heic", "heif", "jp2", "jxl", "svg", "ppm", "pgm", "pbm", "pnm", "jpe"),
-    *("tga", "ico", "dib", "img", "image"),
-)
-_OTHER_MEDIA = ("mp4", "webm", "avi", "mov", "mkv", "mp3", "wav", "flac", "ogg", "m4a")
-_READ = (*IMAGE_SUFFIXES, "json", "txt")
 
 
 def scan(path: str) -> Iterator[Extent]:
@@ -39,48 +29,32 @@ def scan(path: str) -> Iterator[Extent]:
         FileFormatError: it is no tar, is cut short, or goes on after its end.
     """
     with storage.open_file(path) as file:
-        members = tars.members(file, path, ends=True)
-        for row, (_, sample) in enumerate(tars.samples(members, _READ)):
-            first, *others = sample
-            last = others[-1] if others else first
-            start, stop = first.offset, tars.stop(last)
+        for row, (_, members) in enumerate(tar_samples.groups(tars.members(file, path, ends=True))):
+            first, *others = members
+            start, stop = first.offset, tars.stop(others[-1] if others else first)
             yield Extent(start, stop, row + 1, stop - start)
 
 
 def read(path: str, span: Span) -> Iterator[Row]:
     """The samples of `span`, in order; one that is no record carries a RowError."""
     file = io.BytesIO(storage.read_range(path, span.start, span.stop))
-    samples = tars.samples(tars.members(file, path, ends=False), _READ)
-    for position, (name, sample) in enumerate(samples, start=span.first_row):
-        files, odd = [], []
-        for each in sample:
-            if not tars.is_plain(each):
-                odd.append(each)
-            else:
-                data = file.getbuffer()[each.offset_data :][: each.size]
-                files.append((tars.split(each.name)[1], data.tobytes()))
+    groups = tar_samples.groups(tars.members(file, path, ends=False))
+    for position, (name, members) in enumerate(groups, start=span.first_row):
         content: Record | RowError
         try:
-            content = _record(name, files, odd)
+            content = _record(tar_samples.load(file, name, members))
         except RowError as error:
             content = error
         yield Row(position, f"{path}:{name} (sample {position})", content)
 
 
-def _record(name: str, files: list[tuple[str, bytes]], odd: list[TarInfo]) -> Record:
-    held = dict(files)
-    twice = next((suffix for suffix in ("json", "txt") if [each for each, _ in files].count(suffix) > 1), None)
-    if twice:
-        raise RowError("row_malformed", f"has two files {twice}", name)
-    row = json_rows.parse(held["json"]) if "json" in held else {}
+def _record(sample: tar_samples.Sample) -> Record:
+    texts = sample.texts()
+    row = json_rows.parse(texts["json"]) if "json" in texts else {}
     if isinstance(row, RowError):
         raise row
-    own_id = fields.own_id(row) or name
-    tars.refuse(odd, IMAGE_SUFFIXES, own_id)
-    images = [data for suffix, data in files if suffix in IMAGE_SUFFIXES]
-    media = next((suffix for suffix in held if suffix in _OTHER_MEDIA), None)
-    if media and not images:
-        raise RowError("media_not_supported", f"has {media} and no image; FlashSloth looks at an image", own_id)
+    own_id = fields.own_id(row) or sample.name
+    images = sample.images(own_id)
     # What the row itself says of images are names that they had before they came into the tar.
     row = {field: value for field, value in row.items() if field != "image"} | {"id": own_id, "images": images}
     if "messages" in row:
@@ -89,19 +63,19 @@ def _record(name: str, files: list[tuple[str, bytes]], odd: list[TarInfo]) -> Re
         return messages.record(row)
     if "conversations" in row:
         return sharegpt.record(row)
-    return fields.record(row, own_id, _caption(row, held, own_id), fields.one_image(images, own_id))
-
-
-def _caption(row: dict[str, object], held: dict[str, bytes], own_id: str) -> list[Message]:
-    caption = row.get("caption")
-    try:
-        caption = held["txt"].decode("utf-8-sig") if "txt" in held else caption
-    except UnicodeDecodeError as error:
-        raise RowError("row_malformed", f"the txt is not UTF-8: {error.reason} at {error.start}", own_id) from error
-    if caption is None and any(suffix in IMAGE_SUFFIXES for suffix in held):
-        return []
+    caption = _text(texts["txt"], own_id) if "txt" in texts else row.get("caption")
+    if caption is None and images:
+        return fields.record(row, own_id, [], fields.one_image(images, own_id))
     if not isinstance(caption, str):
-        detail = f"has {', '.join(sorted(held))}, but neither a json with messages, conversations or caption nor a txt"
+        detail = f"has {sample.suffixes()}, but neither a json with messages, conversations or caption nor a txt"
         raise RowError("row_malformed", detail, own_id)
     answer = fields.text(caption.strip(), "caption", own_id)
-    return [Message(role="user", content=""), Message(role="assistant", content=answer)]
+    turns = [Message(role="user", content=""), Message(role="assistant", content=answer)]
+    return fields.record(row, own_id, turns, fields.one_image(images, own_id))
+
+
+def _text(data: bytes, own_id: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RowError("row_malformed", f"the txt is not UTF-8: {error.reason} at {error.start}", own_id) from error

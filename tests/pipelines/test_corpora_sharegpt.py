@@ -36,6 +36,13 @@ def test_the_system_text_stands_first_and_an_empty_one_is_none(tmp_path: Path) -
     assert all(len(other.messages) == 2 for other in others)
 
 
+def test_tools_that_a_row_offers_are_refused_and_none_are_nothing(tmp_path: Path) -> None:
+    rows = [{"tools": tools, "conversations": turns("Q", "A")} for tools in ('[{"name": "f"}]', "", "[]", [], None)]
+    refused, *others = read_rows("sharegpt", write(tmp_path, *rows))
+    assert error(refused).reason == "row_malformed" and "tools" in error(refused).detail
+    assert len(records(others)) == 4
+
+
 def test_the_image_and_its_marker(tmp_path: Path) -> None:
     rows = [{"images": ["a.jpg"], "conversations": turns("<image>Q", "A")}, {"conversations": turns("<image>Q", "A")}]
     first, second = read_rows("sharegpt", write(tmp_path, *rows))
