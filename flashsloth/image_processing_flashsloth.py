@@ -13,16 +13,17 @@ import base64
 import io
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image
 from torch import Tensor
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
+from . import image_faults
 from .configuration_flashsloth import TILES
 from .image_modes import GREY, ImageError, to_rgb
 
@@ -81,7 +82,7 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, formats: Sequence[st
     except ImageError:
         raise
     except Exception as error:  # decoders raise anything from SyntaxError to zlib.error on hostile bytes
-        raise _decoding_error(data, error) from error
+        raise image_faults.decoding_error(data, error) from error
 
 
 def normalize_pixels(pixels: Tensor) -> Tensor:
@@ -198,20 +199,8 @@ def _open_header(data: bytes, formats: Sequence[str]) -> Image.Image:
             return Image.open(io.BytesIO(data), formats=tuple(formats))
     except Image.DecompressionBombError as error:
         raise ImageError("image_too_large", str(error)) from error
-    except UnidentifiedImageError as error:
-        document = _document_kind(data)
-        if document == "lfs_pointer":
-            detail = "a pointer of Git LFS, not the image: git lfs pull fetches it"
-            raise ImageError("image_is_lfs_pointer", detail) from error
-        if document:
-            detail = f"{len(data)} bytes of {document.upper()}; accepted: {', '.join(formats)}"
-            raise ImageError(f"image_is_{document}", detail) from error
-        foreign = _foreign_format(data, formats)
-        if foreign:
-            raise ImageError("image_format_not_allowed", f"{foreign}; accepted: {', '.join(formats)}") from error
-        raise _decoding_error(data, ValueError("not a recognised image")) from error
     except Exception as error:  # a broken header raises as freely as a broken body
-        raise _decoding_error(data, error) from error
+        raise image_faults.opening_error(data, formats, error) from error
 
 
 def _check_size(width: int, height: int, max_pixels: int) -> None:
@@ -224,45 +213,3 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
         raise ImageError("image_too_large", f"{width}x{height} = {width * height} pixels; at most {max_pixels}")
     if long > MAX_SIDE:
         raise ImageError("image_too_large", f"{width}x{height}; at most {MAX_SIDE} pixels a side")
-
-
-def _document_kind(data: bytes) -> str | None:
-    """What the data is that only bears an image's name: most often the page with which a server refused a download."""
-    head = data[:1024].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    if head.startswith((b"%!ps", b"\xc5\xd0\xd3\xc6")):
-        return "eps"
-    if head.startswith(b"version https://git-lfs"):
-        return "lfs_pointer"
-    if head.startswith(b"%pdf-"):
-        return "pdf"
-    if head.startswith((b"<?xml", b"<svg", b"<!--", b"<!doctype", b"<html", b"<head", b"<body")):
-        return "svg" if b"<svg" in head else "html" if b"html" in head or b"<body" in head else "xml"
-    return None
-
-
-def _foreign_format(data: bytes, formats: Sequence[str]) -> str | None:
-    """Name of the known format, outside `formats`, whose signature the data carries. Nothing is opened."""
-    Image.init()
-    for name, (_, accepts) in Image.OPEN.items():
-        if name not in formats and accepts is not None and accepts(data[:16].ljust(16, b"\0")) is True:
-            return name
-    # What iPhones make, and Pillow alone does not know.
-    return "HEIF" if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS else None
-
-
-_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
-
-# Signature -> does the file end before its format says it may?
-_CUT_OFF: dict[bytes, Callable[[bytes], bool]] = {
-    b"\xff\xd8\xff": lambda data: not data.rstrip(b"\x00").endswith(b"\xff\xd9"),
-    b"\x89PNG": lambda data: b"IEND" not in data[-16:],
-    b"RIFF": lambda data: int.from_bytes(data[4:8], "little") + 8 > len(data),
-    b"BM": lambda data: int.from_bytes(data[2:6], "little") > len(data),
-}
-
-
-def _decoding_error(data: bytes, error: Exception) -> ImageError:
-    """Tells a download that broke off (try again) from bytes that were never an image."""
-    cut = any(data.startswith(signature) and is_cut(data) for signature, is_cut in _CUT_OFF.items())
-    reason = "image_truncated" if cut or "truncated" in str(error) else "image_undecodable"
-    return ImageError(reason, f"{len(data)} bytes: {type(error).__name__}: {error}")

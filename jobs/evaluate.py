@@ -18,7 +18,7 @@ from pipelines.exit_status import exit_status
 from pipelines.ray_session import start_ray
 from pipelines.settings import JobSettings, load_settings
 from pipelines.shards.reader import ShardedDataset
-from pipelines.training.settings import ModelSettings
+from pipelines.training.model_settings import ModelSettings
 
 
 class EvaluateSettings(JobSettings):

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.preparation.code import code_files
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGES = ("flashsloth", "pipelines", "jobs")
 
@@ -24,6 +26,14 @@ ROOMS = ("pipelines.corpora", "pipelines.shards", "pipelines.encode")
 # What takes seconds and hundreds of megabytes to import. A job asks for it once its flags are read; these never do.
 MODEL_LIBRARIES = ("torch", "transformers", "flashsloth")
 LIGHT = ("pipelines.annotate", "pipelines.serve", "pipelines.serving.app", "pipelines.preparation.indexing")
+# What the modules that decide a row import beside each other, and what decides neither a row nor a shard's bytes: what
+# is told of them, how they are stored, and what a plan's identity holds anyhow.
+DECIDE_NO_ROW = {
+    *("flashsloth", "flashsloth.backbones", "flashsloth.collation", "pipelines", "pipelines.device_errors"),
+    *(f"pipelines.preparation.{name}" for name in ("facts", "image_pins", "plan", "settings")),
+    *(f"pipelines.shards.{name}" for name in ("integrity", "manifest", "receipts")),
+    *("pipelines.ray_tasks", "pipelines.storage", "pipelines.storage.faults", "pipelines.storage.states"),
+}
 TOP_LEVEL = {
     *("flashsloth", "pipelines", "jobs", "cluster", "tests", "pyproject.toml", "README.md"),
     *("Makefile", "LICENSE", ".ci", ".github", ".gitignore", ".pre-commit-config.yaml"),
@@ -127,6 +137,14 @@ def test_rooms_know_nothing_of_each_other(room: str) -> None:
 @pytest.mark.parametrize("module", [*LIGHT, *(module_name(file) for file in sources("jobs"))])
 def test_the_model_s_libraries_wait_until_they_are_needed(module: str) -> None:
     assert not imported_with(module) & set(MODEL_LIBRARIES)
+
+
+def test_no_module_that_decides_a_row_is_missing_from_the_identity_of_the_code() -> None:
+    """One that is split off another would decide rows unnoticed by a run that goes on."""
+    files = code_files()
+    ours = {module_name(file) for file in sources(*PACKAGES)}
+    imported = {name for file in files for name in imports_of(file)} & ours
+    assert imported - {module_name(file) for file in files} == DECIDE_NO_ROW
 
 
 def test_what_is_imported_at_once_is_found_through_others() -> None:

@@ -14,6 +14,7 @@ import transformers
 from s3fs import S3FileSystem
 
 from pipelines import storage
+from pipelines.storage import stores
 from pipelines.training import export, saver
 from pipelines.training.host import Host, Outcome, Request
 from pipelines.training.loop import WorkerRun, run_worker
@@ -201,7 +202,7 @@ def _not_a_number(module: Any, arguments: Any, output: Any) -> Any:
 
 def give_up_early_on_s3(rank: int) -> None:
     """No retries: the tests' faults last."""
-    storage._S3_OPTIONS["config_kwargs"]["retries"]["total_max_attempts"] = 1
+    stores._S3_OPTIONS["config_kwargs"]["retries"]["total_max_attempts"] = 1
 
 
 def _before_method(owner: type, name: str, when: Callable[..., bool], then: Callable[[], None] = die) -> None:

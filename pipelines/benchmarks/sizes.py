@@ -9,7 +9,7 @@ from typing import Any
 from flashsloth import FlashSlothImageProcessor, FlashSlothProcessor
 from pipelines.benchmarks.conversations import draw_shapes, write_folder
 from pipelines.scenes.tokenizer import train_tokenizer
-from pipelines.training.settings import ModelSettings, PartName
+from pipelines.training.model_settings import ModelSettings, PartName
 
 # What the instruct recipe trains: everything but the tower.
 TRAIN_PARTS: list[PartName] = ["pooling", "projector", "query_tokens", "embedded_query", "language_model"]

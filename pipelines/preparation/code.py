@@ -11,10 +11,13 @@ from pipelines import storage
 # Each decides what a row or an image becomes, or the bytes of a shard. All formats of `corpora` belong to them.
 _OF_PIPELINES = (
     *("records.py", "encode.py"),
-    *(f"preparation/{name}.py" for name in ("chain", "features", "row_images", "samples", "sources")),
+    *(f"preparation/{name}.py" for name in ("chain", "chunks", "features", "row_images", "samples", "sources")),
     *(f"shards/{name}.py" for name in ("images", "quantization", "schema", "writer")),
 )
-_OF_MODEL = ("conversation.py", "image_processing_flashsloth.py", "processing_flashsloth.py", "vision.py")
+_OF_MODEL = (
+    *("configuration_flashsloth.py", "conversation.py", "processing_flashsloth.py", "vision.py"),
+    *("image_faults.py", "image_modes.py", "image_processing_flashsloth.py"),
+)
 _LIBRARIES = ("pillow", "tokenizers")
 _LIBRARIES_OF_TOWER = ("torch", "transformers")
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from pipelines import storage
 from pipelines.preparation.sources import PlanError
-from pipelines.storage_states import State
+from pipelines.storage.states import State
 
 PIN_FOLDER = "pins"
 PIN_SCHEMA = pa.schema([(name, pa.uint64()) for name in ("name", "size", "stamp")])

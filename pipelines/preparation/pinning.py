@@ -21,7 +21,7 @@ from pipelines.preparation.image_pins import ImagePins, image_hash
 from pipelines.preparation.row_images import MAY_HOLD_IMAGES, SourceFiles, plain_path, row_image
 from pipelines.preparation.sources import SourceTerms
 from pipelines.records import RowError
-from pipelines.storage_states import ObjectFolder
+from pipelines.storage.states import ObjectFolder
 
 _ROWS_AT_ONCE = 20_000  # parsed and held by a task: tens of megabytes, unless they bring images (MOST_BYTES)
 _WITH_THEIR_IMAGES = ("webdataset",)  # formats whose rows name no image

@@ -14,7 +14,7 @@ from pipelines import storage
 from pipelines.preparation.image_pins import ImagePins
 from pipelines.preparation.sources import PlanError, SourceTerms
 from pipelines.records import Row, RowError
-from pipelines.storage_states import NO_REGULAR_FILE, NOT_THERE, ObjectFolder, TooLargeError
+from pipelines.storage.states import NO_REGULAR_FILE, NOT_THERE, ObjectFolder, TooLargeError
 
 # Images of a chunk are fetched ahead of the one that is asked for: an object store answers in tens of milliseconds.
 _FETCH_THREADS = 16

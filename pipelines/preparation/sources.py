@@ -15,7 +15,7 @@ from pipelines import storage
 from pipelines.corpora import images
 from pipelines.preparation.settings import SourceSettings
 from pipelines.records import FileFormatError
-from pipelines.storage_faults import StorageError
+from pipelines.storage.faults import StorageError
 
 _THREADS = 16  # an object store answers in tens of milliseconds
 

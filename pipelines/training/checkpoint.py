@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipelines import storage
 from pipelines.feed import Position
-from pipelines.storage_faults import naming
+from pipelines.storage.faults import naming
 from pipelines.training.ranks import Ranks
 from pipelines.training.state import load_state
 

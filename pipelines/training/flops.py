@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from flashsloth import FlashSlothConfig
-from pipelines.training.settings import LoraSettings
+from pipelines.training.model_settings import LoraSettings
 
 # Dense bf16 with fp32 accumulation, TFLOP/s, as the makers' data sheets state them.
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "A800": 312.0, "L40S": 362.0, "A10G": 70.0, "L4": 121.0}

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 
 from flashsloth import FlashSlothForConditionalGeneration
-from pipelines.training.settings import LoraSettings
+from pipelines.training.model_settings import LoraSettings
 
 _BASE = ".base_layer."
 _FACTORS = (".lora_A.default.", ".lora_B.default.")

@@ -12,7 +12,7 @@ import yaml
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from pipelines.settings import dump_settings
-from pipelines.storage_faults import StorageError
+from pipelines.storage.faults import StorageError
 from pipelines.training.evaluator import CheckpointEvaluator
 from pipelines.training.keeper import EvaluationFailed
 from pipelines.training.process import worker_environment

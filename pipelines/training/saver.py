@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError
 
 from pipelines import storage
-from pipelines.storage_faults import naming
+from pipelines.storage.faults import naming
 from pipelines.training.checkpoint import (
     MANIFEST_NAME,
     PREFIX,

@@ -23,9 +23,10 @@ from pipelines.hub import only_local, where
 from pipelines.shards.manifest import Manifest
 from pipelines.training.export import export_config, fetch_export, load_export, weights_identity
 from pipelines.training.lora import add_adapters
+from pipelines.training.model_settings import ModelSettings
 from pipelines.training.optimization import freeze
 from pipelines.training.process import seed_start
-from pipelines.training.settings import ModelSettings, TrainSettings
+from pipelines.training.settings import TrainSettings
 
 
 class StartError(ValueError):

@@ -19,7 +19,8 @@ from typing import Any
 
 from pipelines import storage
 from pipelines.training.errands import Errands
-from pipelines.training.settings import MlflowSettings, TrackingSettings, TrainSettings, WandbSettings
+from pipelines.training.settings import TrainSettings
+from pipelines.training.tracking_settings import MlflowSettings, TrackingSettings, WandbSettings
 
 RECORD_NAME = "tracking.json"
 WORD_TAG = "flashsloth_run"

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flashsloth import FlashSlothForConditionalGeneration, FlashSlothProcessor
-from flashsloth.conversion import our_name, released_name
+from flashsloth.released_format import our_name, released_name
 from jobs import convert
 from pipelines.serving.checkpoint_files import CheckpointError, check_hashes, exported_files
 from pipelines.training.export import fetch_export

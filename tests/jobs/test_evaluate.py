@@ -9,7 +9,7 @@ import pytest
 from jobs.evaluate import main
 from pipelines.evaluation.verdicts import read_answers
 from pipelines.training.export import write_export
-from pipelines.training.settings import ModelSettings
+from pipelines.training.model_settings import ModelSettings
 from pipelines.training.start import build_model, load_processor
 from tests.prepared import coloured_rows, write_prepared
 

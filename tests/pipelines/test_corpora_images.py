@@ -13,7 +13,7 @@ from pipelines.preparation.chunks import index_files, read_chunk
 from pipelines.preparation.settings import PrepareSettings, SourceSettings
 from pipelines.preparation.sources import PlanError, source_terms
 from pipelines.records import Record
-from pipelines.storage_states import ObjectFolder
+from pipelines.storage.states import ObjectFolder
 from tests.formats import error, read_rows, records
 
 NAMES = ["a/0.JPG", "a/b/1.webp", "a/b/2.tiff", "c.png"]

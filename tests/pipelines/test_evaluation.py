@@ -22,7 +22,7 @@ from pipelines.evaluation.verdicts import (
 )
 from pipelines.shards.reader import ShardedDataset
 from pipelines.training.export import load_export, write_export
-from pipelines.training.settings import ModelSettings
+from pipelines.training.model_settings import ModelSettings
 from pipelines.training.start import build_model, load_processor
 from tests.prepared import coloured_rows, write_prepared
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jobs.prepare import main
-from pipelines import storage, storage_states
+from pipelines import storage
 from pipelines.preparation.chunks import Chunk, index_files
 from pipelines.preparation.image_pins import ImagePins, image_hash
 from pipelines.preparation.pinning import find_pins, list_images, named_images, stretches
@@ -21,7 +21,8 @@ from pipelines.preparation.row_images import SourceFiles
 from pipelines.preparation.settings import SourceSettings
 from pipelines.preparation.sources import PlanError, source_terms
 from pipelines.prepare import prepare
-from pipelines.storage_states import ObjectFolder, State
+from pipelines.storage import states
+from pipelines.storage.states import ObjectFolder, State
 from tests.corpus import Row, encoded, row, write_corpus, write_processor
 from tests.preparation import begin, do_chunk, prepare_here, prepare_settings
 
@@ -126,7 +127,7 @@ def test_an_image_of_too_many_bytes_is_quarantined_and_pinned(
 def test_a_listing_of_many_pages_finds_what_single_reads_find(
     images: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage_states, "_PAGE", 5)
+    monkeypatch.setattr(states, "_PAGE", 5)
     folder = ObjectFolder(images)
     listed = dict(folder.states("images"))
     assert sorted(listed) == sorted(f"{number}.jpg" for number in range(12))

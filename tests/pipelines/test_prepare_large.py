@@ -22,7 +22,7 @@ from pipelines.preparation.plan import Plan
 from pipelines.preparation.row_images import SourceFiles
 from pipelines.preparation.settings import SourceSettings
 from pipelines.preparation.sources import source_terms
-from pipelines.storage_states import ObjectFolder, State
+from pipelines.storage.states import ObjectFolder, State
 from tests.memory import peak_growth
 from tests.preparation import plan_terms
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from pipelines import storage
-from pipelines.storage_states import ObjectFolder
+from pipelines.storage.states import ObjectFolder
 from tests.fixtures.small_disk import SmallDisk
 
 
@@ -143,7 +143,7 @@ def test_a_store_without_conditional_writes_is_refused(tmp_path: Path, monkeypat
     uri = str(tmp_path / "plan.json")
     storage.write_bytes(uri, b"{}")
     storage.require_conditional_writes(uri)
-    monkeypatch.setattr(storage, "_create", lambda uri, data: True)
+    monkeypatch.setattr("pipelines.storage.objects._create", lambda uri, data: True)
     with pytest.raises(storage.StorageError, match=r"plan\.json.*If-None-Match"):
         storage.require_conditional_writes(uri)
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import storage, storage_faults
+from pipelines import storage
+from pipelines.storage import faults as storage_faults
 from tests.fixtures.fault_proxy import Fault, FaultProxy
 
 DATA = bytes(range(256)) * 1000

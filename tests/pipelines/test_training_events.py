@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pipelines import storage
-from pipelines.storage_faults import StorageError
+from pipelines.storage.faults import StorageError
 from pipelines.training.errands import Errands
 from pipelines.training.events import EventLog, read_events, record
 from pipelines.training.flops import find_peak

@@ -11,7 +11,7 @@ from flashsloth import FlashSlothProcessor
 from pipelines import storage
 from pipelines.serving.checkpoint import CheckpointError, check_folder
 from pipelines.training.export import ExportError, fetch_export, load_export, read_export_step, write_export
-from pipelines.training.settings import ModelSettings
+from pipelines.training.model_settings import ModelSettings
 from pipelines.training.start import load_processor
 from tests.ranks import RankGroup
 from tests.training import check_export, recipe, write_data

@@ -9,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipelines.training.flops import FlopCounter
 from pipelines.training.lora import add_adapters
+from pipelines.training.model_settings import LoraSettings
 from pipelines.training.optimization import freeze
-from pipelines.training.settings import LoraSettings
 from tests.fixtures.tiny import build_processor, build_tiny_model
 from tests.prepared import coloured_rows, model_batch
 

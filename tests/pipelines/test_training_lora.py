@@ -16,8 +16,9 @@ from pipelines.shards.manifest import Manifest
 from pipelines.training.checkpoint import CheckpointError, refuse_changed_run
 from pipelines.training.loop import run_identity, run_uri
 from pipelines.training.lora import add_adapters, is_adapter, merge_adapters
+from pipelines.training.model_settings import LoraSettings
 from pipelines.training.optimization import freeze
-from pipelines.training.settings import LoraSettings, TrainSettings
+from pipelines.training.settings import TrainSettings
 from pipelines.training.start import build_learner, build_model, load_processor, start_identity
 from tests.fixtures.tiny import build_processor, build_tiny_model
 from tests.prepared import coloured_rows, model_batch

@@ -17,7 +17,8 @@ from pipelines.training.checkpoint import CheckpointError, CheckpointManifest, P
 from pipelines.training.export import MANIFEST_NAME, write_export
 from pipelines.training.launch import check_inputs
 from pipelines.training.loop import run_identity
-from pipelines.training.settings import Backbones, ModelSettings, TrainSettings
+from pipelines.training.model_settings import Backbones, ModelSettings
+from pipelines.training.settings import TrainSettings
 from pipelines.training.start import (
     StartError,
     build_model,

@@ -21,8 +21,9 @@ from pipelines.serving.transport import free_port
 from pipelines.training.launch import check_inputs
 from pipelines.training.run_log import RunLog, log_late_scores, read_metrics
 from pipelines.training.scores import ScoreLog
-from pipelines.training.settings import TrackingSettings, TrainSettings
+from pipelines.training.settings import TrainSettings
 from pipelines.training.tracking import Tracker, TrackingError, check_tracking, open_trackers, run_word
+from pipelines.training.tracking_settings import TrackingSettings
 from tests.pipelines.test_training_keeper import score
 from tests.pipelines.test_training_metrics import figures
 from tests.training import recipe, write_data

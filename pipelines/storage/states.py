@@ -18,7 +18,7 @@ from fsspec.asyn import sync
 from fsspec.implementations.local import LocalFileSystem
 
 from pipelines import storage
-from pipelines.storage_faults import StorageError, naming, whole_body
+from pipelines.storage.faults import StorageError, naming, whole_body
 
 NO_REGULAR_FILE = errno.ENXIO
 """What errors say of a socket or a device."""
