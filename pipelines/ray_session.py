@@ -13,6 +13,7 @@ import secrets
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import ray
 
@@ -37,6 +38,30 @@ def start_ray(num_cpus: int | None = None) -> None:
         _join(address)
     else:
         _start_local(num_cpus)
+
+
+def start_cluster(**options: Any) -> None:
+    """Start a cluster on this machine by `ray.init` with `options`, and connect to it.
+
+    Ray gives its own processes 15 s to be there, for which a busy machine may need longer: then it is tried once more.
+
+    Raises:
+        ConnectionError: they were late again.
+    """
+    for last in (False, True):
+        try:
+            ray.init("local", **options)
+            return
+        except Exception as error:
+            if type(error) is not Exception:  # all that Ray says where its processes were late
+                raise
+            said = str(error).partition(". ")[0]
+            if last:
+                raise ConnectionError(
+                    f"Ray did not start on this machine, twice ({said}): it waits 15 s for some of its processes, and "
+                    "a busy machine needs longer; end what else runs, or see /tmp/ray/session_latest/logs"
+                ) from error
+            print(f"ray: did not start in time ({said}); trying once more", flush=True)
 
 
 @contextmanager
@@ -93,27 +118,10 @@ def _start_local(num_cpus: int | None) -> None:
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     # It then warns that the cluster is protected, which nobody has to act on.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-    for last in (False, True):
-        try:
-            ray.init("local", num_cpus=num_cpus, include_dashboard=False, logging_level=logging.WARNING)
-            break
-        except Exception as error:
-            if type(error) is not Exception:  # all that Ray says where its processes were not there in time
-                raise
-            if last:
-                raise ConnectionError(
-                    f"Ray did not start on this machine, twice ({_first_line(error)}): it waits 15 s for some of its "
-                    "processes, and a busy machine needs longer; end what else runs, or see "
-                    "/tmp/ray/session_latest/logs"
-                ) from error
-            print(f"ray: did not start in time ({_first_line(error)}); trying once more", flush=True)
+    start_cluster(num_cpus=num_cpus, include_dashboard=False, logging_level=logging.WARNING)
     print(f"ray: started a local cluster ({_describe_resources()})", flush=True)
 
 
 def _describe_resources() -> str:
     resources = ray.cluster_resources()
     return f"{resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition(". ")[0]
