@@ -18,6 +18,7 @@ from fsspec.asyn import sync
 from fsspec.implementations.local import LocalFileSystem
 
 from pipelines import storage
+from pipelines.storage.direct import DirectS3
 from pipelines.storage.faults import StorageError, naming, whole_body
 
 NO_REGULAR_FILE = errno.ENXIO
@@ -83,9 +84,19 @@ class ObjectFolder:
             if self.is_local:
                 return _read(path, uri, most_bytes)
             if self._is_s3:
-                get = partial(_get, self._file_system, path, uri, most_bytes)
-                return whole_body(lambda: sync(self._file_system.loop, get))
+                return self._read_s3(path, uri, most_bytes)
             return whole_body(lambda: self._file_system.cat_file(path)), None
+
+    def _read_s3(self, path: str, uri: str, most_bytes: int | None) -> tuple[bytes, State]:
+        bucket, key, _ = self._file_system.split_path(path)
+        found = DirectS3.of(self._file_system, bucket).get(key, most_bytes)
+        if found is None:
+            get = partial(_get, self._file_system, bucket, key, uri, most_bytes)
+            return whole_body(lambda: sync(self._file_system.loop, get))
+        state = State(found.size, _of_etag(found.etag))
+        if found.data is None:
+            raise TooLargeError(uri, most_bytes or 0, state)
+        return found.data, state
 
     def states(self, folder: str) -> Iterator[tuple[str, State]]:
         """Names of the objects directly below `folder` of this one, with their states; none where there is no folder.
@@ -148,8 +159,7 @@ def _file_state(facts: os.stat_result) -> State:
     return State(facts.st_size, facts.st_mtime_ns % 2**64)  # of a time before 1970 too
 
 
-async def _get(file_system: Any, path: str, uri: str, most_bytes: int | None) -> tuple[bytes, State]:
-    bucket, key, _ = file_system.split_path(path)
+async def _get(file_system: Any, bucket: str, key: str, uri: str, most_bytes: int | None) -> tuple[bytes, State]:
     answer = await file_system._call_s3("get_object", Bucket=bucket, Key=key)
     state = State(answer["ContentLength"], _of_etag(answer["ETag"]))
     try:

@@ -9,6 +9,7 @@ import pytest
 
 from pipelines import storage
 from pipelines.storage import faults as storage_faults
+from pipelines.storage.states import ObjectFolder
 from tests.fixtures.fault_proxy import Fault, FaultProxy
 
 DATA = bytes(range(256)) * 1000
@@ -38,6 +39,7 @@ def test_passing_fault_of_a_read_is_survived(bucket: str, faults: FaultProxy, tm
     for times, read in (
         (2, lambda: storage.read_bytes(uri)),
         (2, download),
+        (2, lambda: ObjectFolder(bucket).read("shard.arrow")[0]),
         (1, lambda: storage.read_range(uri, 0, len(DATA))),
     ):
         faults.heal()
