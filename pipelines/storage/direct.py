@@ -17,7 +17,8 @@ from obstore.store import S3Store
 
 # Others it might spell in another way, and find another object.
 _PLAIN_KEY = re.compile(r"[\w.-]+(/[\w.-]+)*", re.ASCII)
-_TRUST = timedelta(minutes=5)  # in credentials, which may expire: s3fs knows when, and how to get new ones
+# In credentials: botocore hands out none that expire within ten minutes, and obstore asks five minutes before the end.
+_TRUST = timedelta(minutes=9)
 _HOPELESS = 3  # failures before any answer: a region, a proxy or an authority that it does not know
 
 
