@@ -1,4 +1,4 @@
-"""Whole objects of S3 by a client in Rust, which takes a fifth of the CPU that botocore does: 0.7 ms a picture, not 3.
+"""Whole objects of S3 by a client in Rust, for a third to a fifth of botocore's CPU: a picture in less than a ms.
 
 It is asked first, and once. Whatever it does not answer with a whole object, from a key that is missing to a storm of
 503, is asked again by s3fs: the retries and the messages of `faults` are the only ones there are.
@@ -19,7 +19,7 @@ from obstore.store import S3Store
 _PLAIN_KEY = re.compile(r"[\w.-]+(/[\w.-]+)*", re.ASCII)
 # In credentials: botocore hands out none that expire within ten minutes, and obstore asks five minutes before the end.
 _TRUST = timedelta(minutes=9)
-_HOPELESS = 3  # failures before any answer: a region, a proxy or an authority that it does not know
+_HOPELESS = 3  # failures before any answer: a region, a proxy, an authority or a setting that it does not know
 
 
 class Found(NamedTuple):
@@ -41,11 +41,16 @@ class DirectS3:
 
     def __init__(self, file_system: Any, bucket: str) -> None:
         self._file_system = file_system
+        self._bucket = bucket
         self._failures = 0  # before the first answer
         self._has_answered = False
-        meta, limits = file_system.s3.meta, file_system.config_kwargs
-        self._store = S3Store(
-            bucket,
+
+    @functools.cached_property
+    def _store(self) -> S3Store:
+        """Raises `BaseError` where the environment has settings that it does not understand."""
+        meta, limits = self._file_system.s3.meta, self._file_system.config_kwargs
+        return S3Store(
+            self._bucket,
             endpoint=meta.endpoint_url,
             region=meta.region_name,
             credential_provider=self._credential,

@@ -51,6 +51,7 @@ def test_where_it_never_answers_it_is_not_asked_for_ever(monkeypatch: pytest.Mon
     limits = {"connect_timeout": 1, "read_timeout": 1}
     direct = DirectS3(SimpleNamespace(s3=SimpleNamespace(meta=meta), config_kwargs=limits), "bucket")
     keys = {"access_key_id": "a", "secret_access_key": "b", "token": None, "expires_at": None}
+    monkeypatch.setattr(direct, "_credential", lambda: keys)
     asked: list[str] = []
     store = direct._store
 
@@ -59,6 +60,15 @@ def test_where_it_never_answers_it_is_not_asked_for_ever(monkeypatch: pytest.Mon
         return store.get(key)
 
     monkeypatch.setattr(direct, "_store", SimpleNamespace(get=get))
-    monkeypatch.setattr(direct, "_credential", lambda: keys)
     assert [direct.get("a.jpg", None) for _ in range(5)] == [None] * 5
     assert asked == ["a.jpg"] * 3
+
+
+@pytest.mark.s3
+def test_an_environment_that_it_does_not_understand_is_left_to_s3fs(
+    s3_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage.write_bytes(storage.join(s3_uri, "a.jpg"), b"x")
+    monkeypatch.setenv("AWS_SKIP_SIGNATURE", "perhaps")
+    monkeypatch.setattr(DirectS3, "of", DirectS3)  # a new one, whatever this process has
+    assert ObjectFolder(s3_uri).read("a.jpg")[0] == b"x"
