@@ -22,7 +22,7 @@ from typing import Literal
 
 import ray
 import torch
-from pydantic import PositiveInt
+from pydantic import PositiveInt, field_validator
 from ray import serve
 from ray.serve.config import HTTPOptions
 from ray.serve.schema import LoggingConfig
@@ -65,6 +65,13 @@ class ServeBenchmark(BenchmarkSettings):
     """The quickstart's, answering in less time than the HTTP around it takes, or ten times as large at 384 pixels."""
     seed: int = 0
     """Of photos, weights and mixed lengths."""
+
+    @field_validator("concurrent")
+    @classmethod
+    def _with_the_one_of_the_bounds(cls, concurrent: tuple[int, ...]) -> tuple[int, ...]:
+        if AT not in concurrent:
+            raise ValueError(f"{list(concurrent)} lacks {AT}, which the bounds speak of: add it")
+        return concurrent
 
 
 def measure_serve(settings: ServeBenchmark) -> Report:
