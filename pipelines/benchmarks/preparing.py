@@ -15,6 +15,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from pipelines.prepare import prepare
 from pipelines.ray_session import start_ray
 
 _BATCH = 32
+_UPLOADS = 16  # at once
 
 
 class Photos(Dataset[dict[str, Any]]):
@@ -129,11 +131,21 @@ class PrepareContestant:
         few: another with a handful of rows, whose preparation, in as many chunks, is all start-up.
         output: a local folder or a URI.
         share_images: as in the settings of a preparation.
+        image_root: where the photos are read, if not in `corpus`; `upload_photos` brings them there.
     """
 
-    def __init__(self, corpus: Path, rows: Path, few: Path, output: str, share_images: bool = False) -> None:
+    def __init__(
+        self,
+        corpus: Path,
+        rows: Path,
+        few: Path,
+        output: str,
+        share_images: bool = False,
+        image_root: str | None = None,
+    ) -> None:
         self._corpus, self._rows, self._few, self._output = corpus, rows, few, output
         self._share_images = share_images
+        self._image_root = image_root or str(corpus)
         self._runs = 0
 
     def warm_up(self, rows: Path) -> None:
@@ -143,7 +155,7 @@ class PrepareContestant:
 
     def settings(self, rows: Path) -> PrepareSettings:
         """How the corpus file `rows` is prepared in the run under way."""
-        source = SourceSettings(path=str(rows), image_root=str(self._corpus))
+        source = SourceSettings(path=str(rows), image_root=self._image_root)
         output = storage.join(self._output, f"{rows.stem}-{self._runs}")
         return PrepareSettings(
             sources=[source],
@@ -177,6 +189,18 @@ class PrepareContestant:
         """Remove what the last run wrote."""
         for rows in (self._few, self._rows):
             remove(self.settings(rows).output)
+
+
+def upload_photos(corpus: Path, uri: str) -> str:
+    """Put the photos of `corpus` below `uri`, under the names that its rows give them; returns `uri`."""
+
+    def put(photo: Path) -> None:
+        storage.write_bytes(storage.join(uri, photo.relative_to(corpus).as_posix()), photo.read_bytes())
+
+    with ThreadPoolExecutor(_UPLOADS) as threads:
+        for _ in threads.map(put, sorted(corpus.glob("images/*.jpg"))):
+            pass
+    return uri
 
 
 def remove(uri: str) -> None:

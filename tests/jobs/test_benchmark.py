@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from jobs.benchmark import main
+from pipelines import storage
 from pipelines.benchmarks.table import Report
 from tests.fixtures.ray_session import REPOSITORY
 
@@ -27,6 +28,23 @@ def test_data_is_measured_from_beginning_to_end(tmp_path: Path) -> None:
     assert all(bound.measured > 0 for bound in report.bounds if "read from" in bound.name)
     assert report.tables[0].text() in run.stdout
     assert not (tmp_path / "work" / "out").exists()
+
+
+@pytest.mark.ray
+@pytest.mark.s3
+def test_preparation_is_measured_to_and_from_s3(tmp_path: Path, s3_uri: str) -> None:
+    folder = storage.join(s3_uri, "bench")
+    flags = ["--quick", "--output", str(tmp_path), "--parts", "prepare", "--s3", folder]
+    job = [sys.executable, str(REPOSITORY / "jobs" / "benchmark.py"), "data", *flags]
+    run = subprocess.run(job, capture_output=True, text=True, timeout=300)
+    assert run.returncode in (0, 1), run.stderr
+    report = Report.model_validate_json((tmp_path / "data.json").read_text())
+    (figures,) = report.measured["prepare"]["rounds"]
+    shown = [row[0] for row in report.tables[0].rows]
+    for name in ("prepare", "prepare to S3", "prepare from S3 to S3"):
+        assert name in figures and name in shown
+        assert any(bound.name.startswith(f"{name}: share of") for bound in report.bounds)
+    assert storage.list_names(folder) == []
 
 
 def test_a_subject_that_does_not_exist_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
