@@ -62,8 +62,12 @@ class Backend:
 
 def data_uri(width: int = 40, height: int = 30, kind: str = "PNG") -> str:
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return encoded(Image.fromarray(pixels), kind)
+
+
+def encoded(image: Image.Image, kind: str = "PNG") -> str:
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, kind)
+    image.save(file, kind)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 

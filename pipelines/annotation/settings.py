@@ -10,7 +10,7 @@ from pydantic import AliasChoices, Field, field_validator, model_validator
 
 from pipelines.annotation.questions import PROMPT_FIELDS
 from pipelines.preparation.settings import SourceSettings, check_listed_once
-from pipelines.serving.engine_settings import EngineSettings
+from pipelines.serving.engine_settings import MAX_STOP_LENGTH, EngineSettings
 from pipelines.settings import JobSettings, Section
 from pipelines.worker_pool import PoolSettings
 
@@ -75,7 +75,7 @@ class AnnotateSettings(JobSettings):
     """0 takes the likeliest token; above it answers are drawn, each row's by a seed of its own."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Draw from the likeliest tokens that hold this much probability."""
-    stop: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
+    stop: list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]] = Field(default_factory=list)
     """Texts before which an answer ends."""
     seed: int = 0
     """Where answers are drawn: another seed, other answers."""

@@ -6,6 +6,10 @@ from pydantic import Field
 
 from pipelines.settings import Section
 
+# Characters. What an answer ends with is compared with every beginning of a stop text, at every token, while all others
+# wait: with texts of a megabyte, that would take longer than the model.
+MAX_STOP_LENGTH = 256
+
 
 class EngineSettings(Section):
     """Budgets of one engine. They bound memory and delay, never what an answer says."""

@@ -23,7 +23,12 @@ from pipelines.serving.errors import ApiError, shown
 TIMEOUT_S = 10
 _PORTS = {"http": 80, "https": 443}
 _TRANSLATED = ipaddress.ip_network("64:ff9b::/96")  # NAT64: an IPv4 address in IPv6's clothes
-_WIRE_SERVER = ipaddress.ip_address("168.63.129.16")  # of the internet by its number, of Azure inside its machines
+# Of the internet by their numbers, or so some versions of Python have it: Azure's own service inside its machines,
+# addresses of protocols (one is a metadata service of Oracle's), relays of 6to4, and documentation.
+_NOT_PUBLIC = [
+    ipaddress.ip_network(network)
+    for network in ("168.63.129.16/32", "192.0.0.0/24", "192.88.99.0/24", "3fff::/20", "5f00::/16")
+]
 
 
 def is_public(address: str) -> bool:
@@ -33,7 +38,9 @@ def is_public(address: str) -> bool:
         ip.ipv4_mapped or ip.sixtofour or ip.teredo or ip in _TRANSLATED or ip.is_site_local
     ):
         return False
-    return ip.is_global and not ip.is_multicast and not ip.is_reserved and ip != _WIRE_SERVER
+    if any(ip in network for network in _NOT_PUBLIC):
+        return False
+    return ip.is_global and not ip.is_multicast and not ip.is_reserved
 
 
 class ImageFetcher:

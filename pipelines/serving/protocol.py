@@ -13,12 +13,17 @@ from pydantic import BeforeValidator, Discriminator, Field, StringConstraints, T
 
 from flashsloth.conversation import ConversationError, read_conversation
 from flashsloth.image_processing_flashsloth import ImageError, decode_image, is_data_uri, read_data_uri
+from pipelines.serving.engine_settings import MAX_STOP_LENGTH
 from pipelines.serving.errors import ApiError, shown, unknown_model
 from pipelines.serving.sampling import Sampling
 from pipelines.serving.settings import Limits
-from pipelines.serving.wire import NUMBER, TRUTH, Wire, nothing_but
+from pipelines.serving.wire import NUMBER, TRUTH, Wire, at_most, nothing_but
 
 _TEXT, _PARTS = "<text>", "<parts>"  # a message's content; not to be mixed up with the name of a field
+# A body may have room for millions of entries that are each no message: the first fault ends the reading of a list.
+_MOST_ENTRIES = 4096  # of a list: messages, parts of one. No prompt holds as many
+_MOST_STOPS = 4
+_MOST_METADATA = 16  # as OpenAI has it
 
 
 class TextPart(Wire):
@@ -32,8 +37,8 @@ class ImageUrl(Wire):
     """Where an image is: a data URI or, for hosts that are allowed, an http(s) address."""
 
     url: Annotated[str, StringConstraints(strip_whitespace=True)]
-    detail: Literal["auto", "low", "high"] | None = None
-    """"low" shows the model no more of the picture than fits on one tile, which only HD checkpoints can tell."""
+    detail: Literal["auto", "low", "high", "original"] | None = None
+    """"low" lets an HD checkpoint see no more of the picture than its first tile shows. Others see no more anyway."""
 
 
 class ImagePart(Wire):
@@ -53,7 +58,11 @@ class ChatMessage(Wire):
     role: Literal["system", "developer", "user", "assistant"]  # the first two are refused later, with a remedy
     content: Annotated[
         Annotated[str, Tag(_TEXT)]
-        | Annotated[list[Annotated[TextPart | ImagePart, Field(discriminator="type")]], Tag(_PARTS)],
+        | Annotated[
+            list[Annotated[TextPart | ImagePart, Field(discriminator="type")]],
+            Field(fail_fast=True, max_length=_MOST_ENTRIES),
+            Tag(_PARTS),
+        ],
         Discriminator(_kind_of_content, "content", "a text, or a list of parts, is expected"),
     ]
     annotations: Annotated[Any, nothing_but([])] = None
@@ -71,12 +80,14 @@ class ChatRequest(Wire):
     """The body of `POST /v1/chat/completions`. The temperature defaults to 0: an answer about a picture is no draw."""
 
     model: str
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=_MOST_ENTRIES, fail_fast=True)
     max_tokens: Annotated[int | None, NUMBER] = Field(default=None, ge=1)
     max_completion_tokens: Annotated[int | None, NUMBER] = Field(default=None, ge=1)
     temperature: Annotated[float | None, NUMBER] = Field(default=None, ge=0, le=2)
     top_p: Annotated[float | None, NUMBER] = Field(default=None, gt=0, le=1)
-    stop: Annotated[list[str] | None, BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop)] = None
+    stop: Annotated[list[str] | None, BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop)] = Field(
+        default=None, fail_fast=True
+    )
     seed: Annotated[int | None, NUMBER] = Field(default=None, ge=-(2**63), lt=2**63)
     n: Annotated[Literal[1] | None, NUMBER] = None
     stream: Annotated[bool | None, TRUTH] = None
@@ -86,13 +97,18 @@ class ChatRequest(Wire):
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    metadata: dict[str, str] | None = None
+    prompt_cache_retention: str | None = None
+    metadata: Annotated[dict[str, str] | None, at_most(_MOST_METADATA)] = None
     service_tier: Annotated[Any, nothing_but("auto", "default")] = None
     logprobs: Annotated[Any, nothing_but(False)] = None
     top_logprobs: Annotated[Any, nothing_but(0)] = None
     logit_bias: Annotated[Any, nothing_but({})] = None
     tools: Annotated[Any, nothing_but([])] = None
     tool_choice: Annotated[Any, nothing_but("none", "auto")] = None
+    functions: Annotated[Any, nothing_but([])] = None
+    function_call: Annotated[Any, nothing_but("none", "auto")] = None
+    reasoning_effort: Annotated[Any, nothing_but("none")] = None
+    verbosity: Annotated[Any, nothing_but("medium")] = None
     parallel_tool_calls: Annotated[Any, nothing_but(False, True)] = None
     response_format: Annotated[Any, nothing_but({"type": "text"})] = None
     modalities: Annotated[Any, nothing_but(["text"])] = None
@@ -137,8 +153,12 @@ def read_sampling(request: ChatRequest, limits: Limits) -> Sampling:
         message = f"max_tokens is {shown(str(asked))}, at most {limits.max_tokens} are allowed"
         raise ApiError(422, message, "max_tokens_too_large", "max_tokens")
     stops = request.stop or []
-    if len(stops) > 4 or not all(stops):
-        message = f"stop takes 1 to 4 texts that are not empty, got {shown(repr(stops))}"
+    if len(stops) > _MOST_STOPS or not all(stops):
+        message = f"stop takes 1 to {_MOST_STOPS} texts that are not empty, got {shown(repr(stops[: _MOST_STOPS + 1]))}"
+        raise ApiError(422, message, "invalid_request", "stop")
+    longest = max(map(len, stops), default=0)
+    if longest > MAX_STOP_LENGTH:
+        message = f"a stop text has {longest} characters, at most {MAX_STOP_LENGTH} are allowed"
         raise ApiError(422, message, "invalid_request", "stop")
     return Sampling(
         max_tokens=asked or min(limits.default_max_tokens, limits.max_tokens),
@@ -152,21 +172,21 @@ def read_sampling(request: ChatRequest, limits: Limits) -> Sampling:
 
 
 def read_messages(
-    request: ChatRequest, limits: Limits, tile_size: int, fetched: Mapping[str, bytes]
+    request: ChatRequest, limits: Limits, low_side: int | None, fetched: Mapping[str, bytes]
 ) -> tuple[list[dict[str, str]], Any]:
     """Plain messages, and the image (PIL, RGB) or None.
 
     Args:
         request: as parsed.
         limits: how large an image may be.
-        tile_size: side of a tile of the model in pixels.
+        low_side: the shorter side in pixels down to which "low" brings an image; None: it changes nothing.
         fetched: the bytes of each of the request's `image_addresses`.
 
     Raises:
         ApiError: 422 for an image that cannot be used, or messages that are no conversation.
     """
     try:
-        return read_conversation([_decode(message, limits, tile_size, fetched) for message in request.messages])
+        return read_conversation([_decode(message, limits, low_side, fetched) for message in request.messages])
     except (ConversationError, ImageError) as error:
         raise ApiError(422, error.detail, error.reason, "messages") from error
 
@@ -199,7 +219,7 @@ def _check_image_places(request: ChatRequest) -> None:
                 )
 
 
-def _decode(message: ChatMessage, limits: Limits, tile_size: int, fetched: Mapping[str, bytes]) -> dict[str, Any]:
+def _decode(message: ChatMessage, limits: Limits, low_side: int | None, fetched: Mapping[str, bytes]) -> dict[str, Any]:
     if isinstance(message.content, str):
         return message.model_dump()
     parts: list[dict[str, Any]] = []
@@ -209,7 +229,9 @@ def _decode(message: ChatMessage, limits: Limits, tile_size: int, fetched: Mappi
             continue
         url = part.image_url.url
         image = decode_image(fetched[url] if url in fetched else read_data_uri(url), max_pixels=limits.max_image_pixels)
-        if part.image_url.detail == "low":
-            image.thumbnail((tile_size, tile_size))
+        if part.image_url.detail == "low" and low_side is not None:
+            # The shorter side: the first tile is as wide as it is high, whatever the picture is.
+            scale = low_side / min(image.size)
+            image.thumbnail((image.width * scale, image.height * scale))
         parts.append({"type": "image", "image": image})
     return {"role": message.role, "content": parts}

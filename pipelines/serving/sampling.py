@@ -8,6 +8,8 @@ from numbers import Real
 
 import torch
 
+from pipelines.serving.engine_settings import MAX_STOP_LENGTH
+
 NO_TOKEN = -1
 
 
@@ -19,7 +21,7 @@ class Sampling:
         max_tokens: longest answer in tokens.
         temperature: 0 takes the likeliest token; above, logits are divided by it.
         top_p: draw from the smallest set of likeliest tokens that holds this much probability.
-        stop: texts before which the answer ends.
+        stop: texts before which the answer ends, of up to MAX_STOP_LENGTH characters.
         seed: makes the draw reproducible, whatever else is in the batch; from -2**63 up to below 2**64.
         deadline_s: seconds from submission after which the answer ends where it is; None for no such end.
         shrinks: let an answer end where its slot does, instead of refusing a prompt that leaves less than `max_tokens`.
@@ -49,6 +51,9 @@ class Sampling:
             raise ValueError(f"stop is {self.stop!r}; give a tuple of texts")
         if "" in self.stop:
             raise ValueError("stop holds an empty text, before which every answer would end")
+        if any(len(text) > MAX_STOP_LENGTH for text in self.stop):
+            longest = max(map(len, self.stop))
+            raise ValueError(f"stop holds a text of {longest} characters, it must have at most {MAX_STOP_LENGTH}")
         if self.seed is not None and not (type(self.seed) is int and -(2**63) <= self.seed < 2**64):
             raise ValueError(f"seed is {self.seed!r}, it must be a whole number from -2**63 up to below 2**64")
         if self.deadline_s is not None and not (_is_number(self.deadline_s) and self.deadline_s > 0):

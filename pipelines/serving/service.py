@@ -132,8 +132,8 @@ class Service:
 
     def _encode(self, request: ChatRequest, limits: Limits, fetched: Mapping[str, bytes]) -> Prompt:
         sampling = read_sampling(request, limits)
-        tile_size = self.encoder.processor.image_processor.size
-        messages, image = read_messages(request, limits, tile_size, fetched)
+        low_side = self.encoder.processor.image_processor.size if self.tiling == "hd" else None
+        messages, image = read_messages(request, limits, low_side, fetched)
         try:
             return self.encoder.prompt(messages, image, sampling, max_length=limits.max_prompt_tokens)
         except ConversationError as error:

@@ -16,11 +16,14 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
+from pipelines.serving.engine import Encoder
 from pipelines.serving.errors import ApiError
 from pipelines.serving.http import build_http
+from pipelines.serving.metrics import IngressMetrics
 from pipelines.serving.service import Service
 from pipelines.serving.settings import Limits, Policy
-from tests.serving_http import LIMITS, Backend, body, data_uri, post, stream, user, with_image
+from tests.fixtures.tiny import build_processor
+from tests.serving_http import LIMITS, Backend, body, data_uri, encoded, post, stream, user, with_image
 
 
 def test_an_answer_has_the_shape_of_a_completion(client: TestClient, backend: Backend) -> None:
@@ -143,6 +146,11 @@ def test_a_request_may_say_that_it_does_not_ask_for_what_is_not_done(client: Tes
         "response_format": {"type": "text"},
         "modalities": ["text"],
         "store": False,
+        "functions": [],
+        "function_call": "none",
+        "reasoning_effort": "none",
+        "verbosity": "medium",
+        "prompt_cache_retention": "in_memory",
     }
     for changes in ({}, off, dict.fromkeys(off)):
         assert post(client, **changes).status_code == 200, changes
@@ -302,10 +310,42 @@ def test_the_page_needs_nothing_from_elsewhere(client: TestClient) -> None:
     assert not re.findall(r'(?:src|href)="(?!data:)|https?://|@import|url\(', response.text)
 
 
-def test_detail_low_shows_the_model_one_tile_s_worth(client: TestClient, backend: Backend) -> None:
-    uri = data_uri(100, 80)  # below the tile's 126 pixels: nothing to take away
-    for detail in ("low", "high"):
-        parts = with_image(uri)
-        parts[1]["image_url"]["detail"] = detail
-        assert post(client, messages=[user(parts)]).status_code == 200
-    np.testing.assert_array_equal(backend.prompts[0].pixel_values, backend.prompts[1].pixel_values)
+def test_detail_low_changes_nothing_where_there_is_one_tile(
+    client: TestClient, service: Service, backend: Backend
+) -> None:
+    service.adopt(Policy(limits=Limits()))
+    uri = data_uri(400, 160)
+    for detail in ("low", "high", "auto", "original"):
+        assert post(client, messages=[user(in_detail(uri, detail))]).status_code == 200
+    assert len({prompt.image_key for prompt in backend.prompts}) == 1
+
+
+def test_detail_low_shows_an_hd_checkpoint_what_the_first_tile_shows(backend: Backend) -> None:
+    """And no more: stripes that are too fine for it are grey in the tiles that show more."""
+    encoder = Encoder(build_processor("hd"))
+    policy = Policy(limits=Limits())
+    service = Service("tiny", encoder, backend, IngressMetrics("hd"), policy, no_metrics, "ab" * 32)
+    for width, height, period in ((1008, 252, 32), (252, 1008, 32), (600, 480, 8)):
+        stripes = np.where(np.indices((height, width)).sum(0) % period < period // 2, 255, 0).astype(np.uint8)
+        uri = encoded(Image.fromarray(stripes).convert("RGB"))
+        low, high = (pixels_of(service, in_detail(uri, detail)).astype(int) for detail in ("low", "high"))
+        assert np.abs(low[0] - high[0]).mean() < 10
+    assert np.abs(low[1:] - high[1:]).mean() > 20
+    small = data_uri(150, 120)  # its shorter side is below the tile's 126 pixels: nothing to take away
+    np.testing.assert_array_equal(*(pixels_of(service, in_detail(small, detail)) for detail in ("low", "high")))
+
+
+async def no_metrics() -> bytes:
+    return b""
+
+
+def in_detail(uri: str, detail: str) -> list[dict[str, Any]]:
+    text, image = with_image(uri)
+    return [text, {**image, "image_url": {"url": uri, "detail": detail}}]
+
+
+def pixels_of(service: Service, parts: list[dict[str, Any]]) -> np.ndarray:
+    request = json.dumps(body(messages=[user(parts)])).encode()
+    pixels = asyncio.run(service.read(request)).prompt.pixel_values
+    assert pixels is not None
+    return pixels

@@ -14,6 +14,7 @@ from starlette.testclient import TestClient
 from pipelines.serving.authentication import hash_token
 from pipelines.serving.errors import ApiError
 from pipelines.serving.http import build_http
+from pipelines.serving.protocol import ChatRequest
 from pipelines.serving.service import Service
 from pipelines.serving.settings import Policy
 from tests.serving_http import LIMITS, Backend, body, data_uri, post, user, with_image
@@ -44,6 +45,10 @@ REFUSED = {
     "both lengths": ({"max_tokens": 3, "max_completion_tokens": 3}, "max_completion_tokens", "not both"),
     "empty stop": ({"stop": ""}, "stop", ""),
     "five stops": ({"stop": list("abcde")}, "stop", ""),
+    "a long stop": ({"stop": ["x" * 257]}, "stop", "257 characters, at most 256 are allowed"),
+    "much metadata": ({"metadata": {str(i): "x" for i in range(17)}}, "metadata", "at most 16 entries"),
+    "a function": ({"functions": [{"name": "f"}]}, "functions", "the field 'functions' is not supported"),
+    "effort": ({"reasoning_effort": "high"}, "reasoning_effort", "the field 'reasoning_effort' is not supported"),
     "unknown role": ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role", ""),
     "system": ({"messages": [{"role": "system", "content": "x"}, user()]}, "messages", "not 'user'"),
     "developer": (
@@ -75,7 +80,7 @@ REFUSED = {
     "finer detail": (
         {"messages": [user([{"type": "image_url", "image_url": {"url": "x", "detail": "max"}}])]},
         "messages.0.content.0.image_url.detail",
-        "'auto', 'low' or 'high'",
+        "'auto', 'low', 'high' or 'original'",
     ),
     "tool calls": (
         {"messages": [user(), {"role": "assistant", "content": "x", "tool_calls": [{}]}, user()]},
@@ -153,6 +158,23 @@ def test_a_refusal_repeats_little_of_what_was_sent(client: TestClient) -> None:
         assert 400 < response.status_code < 500 and len(response.text) < 1000, response.text
     assert len(client.get(f"/{long}").text) < 1000
     assert "'text', 'image_url'" in post(client, messages=[user([{"type": long}])]).json()["error"]["message"]
+
+
+def test_the_first_of_many_faults_ends_the_reading() -> None:
+    """Each would be an object with a place and a message, 600 bytes for two that were sent."""
+    many = [0] * 10_000
+    for changes in (
+        {"messages": many},
+        {"messages": [user(many)]},
+        {"messages": [user()] * 5000},
+        {"messages": [{**user(), **{str(name): 1 for name in many}}]},
+        {"stop": many},
+        {"metadata": {str(number): number for number in range(10_000)}},
+        {str(number): number for number in range(10_000)},
+    ):
+        with pytest.raises(ValidationError) as caught:
+            ChatRequest.model_validate_json(json.dumps(body(**changes)))
+        assert caught.value.error_count() == 1
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(service: Service) -> None:

@@ -94,6 +94,7 @@ def test_one_number_that_is_none_spoils_its_row() -> None:
         {"seed": "x"},
         {"seed": True},
         {"stop": (1,)},
+        {"stop": ("x" * 257,)},
         {"stop": None},
         {"max_tokens": 3.5},
         {"max_tokens": None},
