@@ -208,11 +208,11 @@ def _images_apart(samples: pa.Table, store: ImageStore) -> pa.Table:
 
 
 # A worker process runs many chunks: it unpacks the processor (a large tokenizer) once.
-_MAKERS: dict[tuple[str, tuple[SourceFiles, ...]], SampleMaker] = {}
+_MAKERS: dict[tuple[str, tuple[SourceFiles, ...], str], SampleMaker] = {}
 
 
 def _maker(work: Work) -> SampleMaker:
-    key = (work.plan_identity, work.files)
+    key = (work.plan_identity, work.files, work.output)  # the last, for the images that rows share
     if key not in _MAKERS:
         # A task has one CPU. Threads for the few short texts of a conversation cost more than the texts.
         os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -9,6 +9,8 @@ state, by a resumed run too, ends the work with an error that names it.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterator
 from itertools import count, groupby, islice
@@ -77,6 +79,12 @@ class Terms(SourcedTerms):
     """The sha256 of our own code that decides a row."""
     libraries: dict[str, str] = Field(default_factory=dict)
     """Name -> version of those that make ids, pixels and features."""
+
+    def identity_of_images(self) -> bytes:
+        """A hash of all that decides what becomes of an image."""
+        decide = {"payload", "tiling", "image_shape", "image_dtype", "processor_identity", "encoder_identity"}
+        terms = self.model_dump(include=decide | {"code", "libraries"})
+        return hashlib.sha256(json.dumps(terms, sort_keys=True).encode()).digest()
 
 
 class CorpusPlan(BaseModel):

@@ -82,7 +82,8 @@ class ImageFolder:
                 self._pins.check(self._root, image, error.state)
             raise RowError("image_too_many_bytes", str(error)) from error
         except PermissionError as error:
-            raise RowError("image_forbidden", f"{image!r}: may not be read below {self._objects.uri}") from error
+            detail = f"{image!r}: may not be read below {self._objects.uri} ({error.strerror})"
+            raise RowError("image_forbidden", detail) from error
         except OSError as error:
             if error.errno not in NOT_THERE:
                 raise

@@ -6,6 +6,7 @@ nothing can get lost between here and the shard.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,6 @@ from PIL import Image
 from flashsloth import FlashSlothImageProcessor, FlashSlothProcessor
 from flashsloth.conversation import ConversationError
 from flashsloth.image_processing_flashsloth import WITH_GIF, ImageError, decode_image
-from pipelines import storage
 from pipelines.preparation.chunks import Chunk, read_chunk
 from pipelines.preparation.facts import FACT_COLUMNS, Stopwatch, thumbnail
 from pipelines.preparation.image_pins import ImagePins
@@ -50,7 +50,7 @@ class Picture:
 
     data: bytes
     key: str | None
-    """Its sha256, where rows share images."""
+    """A hash of it and of all that decides what is made of it, where rows share images."""
     is_stored: bool
     """Whether a row before, of whatever chunk, has brought it into the store."""
 
@@ -103,6 +103,7 @@ class SampleMaker:
         self.example_every = example_every
         self.store = store
         self.pins = pins
+        self._image_terms = terms.identity_of_images()
         self._pixels = _Pixels(processor.image_processor)
         self._watch = Stopwatch()
         self._wants_example = False
@@ -197,7 +198,8 @@ class SampleMaker:
     def _picture(self, row: Row, image: bytes | RowError | None) -> Picture | RowError | None:
         if not isinstance(image, bytes):
             return image
-        key = storage.sha256(image) if self.store else None
+        # Not of the image alone: a run before may have left images here that were made otherwise.
+        key = hashlib.sha256(self._image_terms + image).hexdigest() if self.store else None
         # A GIF that another source has brought in is none for a source that takes no GIF.
         may_share = self._takes_gif or not image.startswith(b"GIF8")
         return Picture(image, key, bool(may_share and self.store and key and self.store.has(key)))

@@ -1,6 +1,7 @@
 """Images that rows of a dataset share, each stored once, as an object of its own beside the shards.
 
-An object is named by the sha256 of the image as received, so a worker can tell without decoding whether it is there.
+An object is named by a hash of the image as received and of what decides what is made of it, so a worker can tell
+without decoding whether it is there.
 It holds an Arrow file of one row and, behind it, the sha256 of that file, so a reader can tell whether it is whole.
 """
 

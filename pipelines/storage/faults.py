@@ -22,6 +22,13 @@ _BODY_TRIES = 5
 # FSTimeoutError is what fsspec makes of a body that stalls; a request that does, stays botocore's ReadTimeoutError.
 _BROKEN_BODY = (FSTimeoutError, ResponseStreamingError, IncompleteReadError, ClientPayloadError)
 
+# S3's codes, none where only a header was asked for, that say of an object or a bucket that it is closed. What else
+# s3fs makes a PermissionError says of the asker that his token has expired, his clock is wrong, his key is unknown:
+# then it is no fault of an object that it was not read.
+_CLOSED = (None, "403", "AccessDenied", "AllAccessDisabled", "Forbidden", "InvalidObjectState")
+_GOOGLES = ("gcsfs", "google")  # packages whose errors are no OSError
+_GOOGLES_FORBIDDEN = "Forbidden: "
+
 Answer = TypeVar("Answer")
 
 
@@ -43,20 +50,14 @@ def naming(uri: str) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise FileNotFoundError(errno.ENOENT, "No such file", uri) from error
-    except PermissionError as error:
-        reason = s3_error(error).get("Message")
-        raise PermissionError(errno.EACCES, f"Permission denied{f' ({reason})' if reason else ''}", uri) from error
     except OSError as error:
-        answer = s3_error(error)
-        if answer and error.errno != errno.ENAMETOOLONG:
-            tried = _response(error).get("ResponseMetadata", {}).get("RetryAttempts", 0) + 1
-            what = f"{answer.get('Message')} ({answer.get('Code')}, {tried} attempt{'s' if tried > 1 else ''})"
-            raise StorageError(f"{uri}: the store answers: {what}") from error
-        if error.errno is None:
-            raise _no_answer(uri, error) from error
-        raise OSError(error.errno, error.strerror, uri) from error
+        raise _named(error, uri) from error
     except (BotoCoreError, ClientError, HTTPError) as error:
         raise _no_answer(uri, error) from error
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] in _GOOGLES:
+            raise _no_answer(uri, error) from error
+        raise
 
 
 def whole_body(request: Callable[[], Answer]) -> Answer:
@@ -77,6 +78,19 @@ def pause(attempt: int) -> None:
 def s3_error(error: OSError) -> dict[str, Any]:
     """What S3 answered, with its Code and Message; empty where `error` came of no answer."""
     return _response(error).get("Error", {})
+
+
+def _named(error: OSError, uri: str) -> Exception:
+    answer = s3_error(error)
+    reason = answer.get("Message")
+    is_closed = isinstance(error, PermissionError) and answer.get("Code") in _CLOSED
+    if is_closed or str(error).startswith(_GOOGLES_FORBIDDEN):
+        return PermissionError(errno.EACCES, f"Permission denied{f' ({reason})' if reason else ''}", uri)
+    if answer and error.errno != errno.ENAMETOOLONG:
+        tried = _response(error).get("ResponseMetadata", {}).get("RetryAttempts", 0) + 1
+        what = f"{reason} ({answer.get('Code')}, {tried} attempt{'s' if tried > 1 else ''})"
+        return StorageError(f"{uri}: the store answers: {what}")
+    return _no_answer(uri, error) if error.errno is None else OSError(error.errno, error.strerror, uri)
 
 
 def _no_answer(uri: str, error: Exception) -> StorageError:

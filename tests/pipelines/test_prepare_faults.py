@@ -326,6 +326,7 @@ def test_storm_that_passes_costs_nothing_but_time(
         ("reset", "PUT", "manifest.json", 3),
         ("reset_body", "GET", "images/5.jpg", 1),
         ("short_body", "GET", "images/5.jpg", 1),
+        ("expired", "GET", "images/5.jpg", 1),
     ],
 )
 def test_storm_that_stays_names_the_object_and_is_resumed(

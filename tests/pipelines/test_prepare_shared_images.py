@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from pipelines import storage
 from pipelines.encode import NotEncoded, PatchEncoder
 from pipelines.preparation import samples
 from pipelines.preparation.data_receipt import DataReceipt
+from pipelines.prepare import prepare
 from pipelines.shards import Manifest, ShardedDataset
-from pipelines.shards.images import ImageObjectError, ImageStore
+from pipelines.shards.images import ImageObjectError
 from tests.corpus import bad_rows, row, write_corpus, write_processor
 from tests.preparation import begin, do_chunk, prepare_here, prepare_settings
 
@@ -66,6 +68,33 @@ def test_rows_read_as_if_each_had_its_own_image(corpus: Path, tiny_checkpoint: P
     assert payload != "pixels" or sizes[True] < 0.5 * sizes[False]  # the others are tiny here, next to their rows
 
 
+@pytest.mark.ray
+def test_each_output_gets_its_images(corpus: Path, ray_session: None) -> None:
+    """Workers live on from one preparation to the next."""
+    for output in ("one", "two"):
+        prepare(prepare_settings(corpus, output=str(corpus / output), share_images=True))
+        assert len(objects(corpus / output)) == IMAGES
+        assert "pixel_values" in ShardedDataset(str(corpus / output)).read(0)
+
+
+def test_images_that_were_made_otherwise_are_not_taken(corpus: Path) -> None:
+    """A run that ended before its first receipt leaves images; with its plan removed, other terms may follow."""
+    settings = prepare_settings(corpus, share_images=True)
+    prepare_here(settings)
+    for path in (corpus / "out").iterdir():
+        if path.is_file():
+            path.unlink()
+        elif path.name != "images":
+            shutil.rmtree(path)
+    other = {"processor": str(write_processor(corpus / "hd", "hd"))}
+    prepare_here(prepare_settings(corpus, share_images=True, **other))
+    prepare_here(prepare_settings(corpus, output=str(corpus / "apart"), **other))
+    mine, theirs = (ShardedDataset(str(corpus / name)) for name in ("out", "apart"))
+    for index in range(24):
+        for name, value in theirs.read(index).items():
+            np.testing.assert_array_equal(mine.read(index)[name], value)
+
+
 def test_each_image_is_decoded_once_in_the_whole_run(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[bytes] = []
     decode = samples.decode_image
@@ -92,8 +121,6 @@ def test_image_that_the_tower_refuses_takes_all_its_rows_along(
     """The second row of image 1 in a chunk was never given to the tower itself."""
     encode = PatchEncoder.__call__
     refused = corpus / "images" / "1.jpg"
-    key = storage.sha256(refused.read_bytes())
-    store = ImageStore(str(corpus / "out"))
     of_image_1 = samples.decode_image(refused.read_bytes())
 
     def without_image_1(encoder: PatchEncoder, pixels: np.ndarray) -> list[np.ndarray | NotEncoded]:
@@ -118,7 +145,7 @@ def test_image_that_the_tower_refuses_takes_all_its_rows_along(
     rows_of_image_1 = sum(number % 4 != 3 and number % IMAGES == 1 for number in range(24))
     assert rows_of_image_1 > 1
     assert manifest.quarantine_reasons == {"image_truncated": 1, "non_finite": rows_of_image_1}
-    assert not store.has(key)
+    assert len(objects(corpus / "out")) == IMAGES - 1
 
 
 @pytest.mark.parametrize("damage", ["deleted", "cut", "flipped", "swapped"])

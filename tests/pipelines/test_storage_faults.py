@@ -49,6 +49,31 @@ def test_passing_fault_of_a_read_is_survived(bucket: str, faults: FaultProxy, tm
 
 
 @pytest.mark.s3
+def test_an_expired_token_is_no_fault_of_the_object(bucket: str, faults: FaultProxy) -> None:
+    """As a PermissionError, it would be taken for an object that is closed to everybody."""
+    uri = storage.join(bucket, "shard.arrow")
+    storage.write_bytes(uri, DATA)
+    faults.inject("expired", "GET")
+    message = rf"^{uri}: the store answers: The provided token has expired\. \(ExpiredToken, 1 attempt\)$"
+    for read in (storage.read_bytes, lambda _: ObjectFolder(bucket).read("shard.arrow")):
+        with pytest.raises(storage.StorageError, match=message):
+            read(uri)
+
+
+@pytest.mark.parametrize("package", ["gcsfs.retry", "google.auth.exceptions"])
+def test_an_error_of_google_s_names_the_object(package: str) -> None:
+    """They are no OSError."""
+    error = type("HttpError", (Exception,), {"__module__": package})
+    message = r"^gs://a/b: no whole answer from the store: Invalid Credentials$"
+    with pytest.raises(storage.StorageError, match=message), storage_faults.naming("gs://a/b"):
+        raise error("Invalid Credentials")
+    with pytest.raises(PermissionError, match="'gs://a/b'"), storage_faults.naming("gs://a/b"):
+        raise OSError("Forbidden: https://storage.googleapis.com/b")
+    with pytest.raises(KeyError), storage_faults.naming("gs://a/b"):
+        raise KeyError("a fault of ours")
+
+
+@pytest.mark.s3
 @pytest.mark.parametrize("fault", [*REQUEST_FAULTS, *BODY_FAULTS])
 def test_lasting_fault_of_a_read_names_the_object(
     bucket: str, faults: FaultProxy, tmp_path: Path, fault: Fault
