@@ -120,8 +120,9 @@ class PrepareSettings(JobSettings):
     max_length: int | None = Field(default=None, gt=0)
     """Rows of more tokens are quarantined; default: the processor's."""
     chunk_rows: int | None = Field(default=None, gt=0)
-    """Rows in a chunk, which is the unit of work, of resuming and of a shard; default: about 50 MB of images. A chunk
-    has fewer where the images that its rows bring in their file would have more than 200 MB."""
+    """Rows in a chunk, which is the unit of work, of resuming and of a shard; default: about 50 MB of images, or
+    500 rows where images stay encoded. A chunk has fewer where the images that its rows bring in their file would have
+    more than 200 MB. Lower it for encoded images of megabytes each that rows name: a worker holds those of a chunk."""
     encoder: EncoderSettings | None = None
     """The tower, for payload `features`."""
     max_quarantined_share: float = Field(default=0.1, ge=0, le=1)

@@ -52,6 +52,13 @@ def test_a_subject_that_does_not_exist_is_refused(capsys: pytest.CaptureFixture[
     assert "annotate,data,engine,serve,train" in capsys.readouterr().err
 
 
+def test_clients_without_those_of_the_bounds_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["serve", "--concurrent", "[1, 4]"])
+    assert end.value.code == 2
+    assert "[1, 4] lacks 16, which the bounds speak of: add it" in capsys.readouterr().err
+
+
 def test_the_engine_is_measured_at_a_tiny_size_without_a_gpu(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
