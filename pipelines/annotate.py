@@ -2,6 +2,7 @@
 
 plan -> chunks -> chunk-named parts -> one receipt per chunk -> manifest. A run that was killed leaves a plan, parts and
 some receipts; the next run with the same settings does the chunks that have no part, and takes over those that have.
+A chunk whose part is lost or damaged after its receipt was put is done anew, under another name.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import os
 from collections.abc import Iterator
 
 from pipelines import storage
-from pipelines.annotation.ledger import AnnotationLedger, AnnotationManifest, PartReceipt
+from pipelines.annotation.ledger import AnnotationLedger, AnnotationManifest, PartReceipt, remove_superseded
 from pipelines.annotation.plan import AnnotationPlan, load_plan, make_terms
 from pipelines.annotation.pool import run_chunks
 from pipelines.annotation.settings import AnnotateSettings
@@ -49,6 +50,8 @@ def annotate(settings: AnnotateSettings) -> AnnotationManifest | None:
     if plan is not None and storage.exists(storage.join(output, MANIFEST_NAME)):
         manifest = AnnotationManifest.load(output)
         print(f"{settings.output}: already annotated ({manifest.rows:,} rows); nothing to do", flush=True)
+        if not settings.dry_run:
+            remove_superseded(output, manifest)  # of a run that was killed after its manifest
         return manifest
     if plan is None and not settings.dry_run:
         check_writable(output, settings)
@@ -65,7 +68,8 @@ def annotate(settings: AnnotateSettings) -> AnnotationManifest | None:
     storage.write_bytes(storage.join(output, CONFIG_NAME), dump_settings(settings).encode())
 
     def run(pending: list[int]) -> Iterator[PartReceipt]:
-        return run_chunks(plan, pending, files, output, settings, _token())
+        attempts = {number: ledger.attempt(number) for number in pending}
+        return run_chunks(plan, attempts, files, output, settings, _token())
 
     work_off(ledger, run)
     return ledger.publish()

@@ -12,7 +12,7 @@ from pipelines import storage
 from pipelines.annotate import model_identity
 from pipelines.annotation.answering import Asker
 from pipelines.annotation.chunks import ChunkAnnotator
-from pipelines.annotation.ledger import AnnotationLedger, AnnotationManifest
+from pipelines.annotation.ledger import AnnotationLedger, AnnotationManifest, PartReceipt
 from pipelines.annotation.plan import AnnotationPlan, make_terms
 from pipelines.annotation.pool import make_asker
 from pipelines.annotation.settings import AnnotateSettings
@@ -52,6 +52,11 @@ def annotator(ledger: AnnotationLedger, asker: Asker) -> ChunkAnnotator:
     return ChunkAnnotator(ledger.plan_identity, terms, source_files(terms.sources), ledger.output, asker)
 
 
+def attempted(ledger: AnnotationLedger, annotate: ChunkAnnotator, number: int) -> PartReceipt:
+    """What a worker does with a chunk."""
+    return annotate(number, ledger.plan.chunks[number], ledger.attempt(number))
+
+
 def annotate_here(settings: AnnotateSettings) -> AnnotationManifest:
     """What `annotate` does, one chunk after the other."""
     ledger = begin(settings)
@@ -60,7 +65,7 @@ def annotate_here(settings: AnnotateSettings) -> AnnotationManifest:
     try:
         annotate = annotator(ledger, asker)
         for number in ledger.pending:
-            ledger.commit(annotate(number, ledger.plan.chunks[number]))
+            ledger.commit(attempted(ledger, annotate, number))
             ledger.check_share()
     finally:
         asker.close()

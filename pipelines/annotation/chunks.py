@@ -20,7 +20,7 @@ from pipelines.annotation.questions import ask, row_seed
 from pipelines.preparation.chunks import Chunk, read_chunk
 from pipelines.preparation.row_images import ImageFolder, SourceFiles, with_images
 from pipelines.preparation.sources import SourceTerms, row_key
-from pipelines.records import Message, Row, RowError
+from pipelines.records import FileFormatError, Message, Row, RowError
 from pipelines.serving.sampling import Sampling
 from pipelines.shards.receipts import account
 
@@ -51,16 +51,17 @@ class ChunkAnnotator:
         self.asker = asker
         self._asking = threading.Lock()
 
-    def __call__(self, number: int, chunk: Chunk) -> PartReceipt:
-        """Write the part of `chunk`, number `number` of the plan, unless it is there.
+    def __call__(self, number: int, chunk: Chunk, attempt: int = 0) -> PartReceipt:
+        """Write the part of `chunk`, number `number` of the plan, as its `attempt` unless that is there.
 
         Raises:
             PlanError: the source's file has changed since the plan was made.
+            FileFormatError: a part without a receipt is there, and damaged.
             AccountingError: the part does not hold exactly the chunk's rows.
             DeviceError, EndpointError: who should answer has failed.
         """
         source = self.terms.sources[chunk.source]
-        name = part_name(source.corpus, number, self.terms.format)
+        name = part_name(source.corpus, number, self.terms.format, attempt)
         uri = storage.join(self.output, name)
         try:
             data = storage.read_bytes(uri)  # of a run that was killed before its driver could write the receipt
@@ -68,7 +69,10 @@ class ChunkAnnotator:
             data = serialize(self._rows(source, chunk), self.terms.model, self.terms.format, self.terms.as_corpus)
             if not storage.put_if_absent(uri, data):
                 data = storage.read_bytes(uri)  # another driver's worker was faster
-        entry, keys = describe(name, data)
+        try:
+            entry, keys = describe(name, data)
+        except FileFormatError as error:
+            raise FileFormatError(f"{self.output}: {error}; remove it and run the job again") from error
         plan = AnnotationPlan(terms=self.terms, chunks=[chunk])
         account(plan.keys(chunk), keys, [])
         return PartReceipt(plan=self.plan_identity, chunk=number, planned=chunk.rows, part=entry)

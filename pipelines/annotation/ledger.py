@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import suppress
 
 from pydantic import BaseModel, ConfigDict
 
 from pipelines import storage
-from pipelines.annotation.parts import PartEntry
+from pipelines.annotation.parts import PartEntry, first_name
 from pipelines.annotation.plan import AnnotationPlan
 from pipelines.annotation.settings import PartFormat
-from pipelines.preparation.receipt_book import ReceiptBook
+from pipelines.preparation.receipt_book import PublishError, ReceiptBook
 from pipelines.shards.manifest import MANIFEST_NAME, REMEDY, ManifestError
 from pipelines.shards.receipts import AccountingError, ChunkReceipt
+from pipelines.storage.faults import naming
 from pipelines.stored_models import StoredModelError, parse_model
 
 
@@ -96,8 +98,20 @@ class AnnotationLedger(ReceiptBook[AnnotationPlan, PartReceipt]):
         if receipt.part.rows != planned:
             raise AccountingError(f"{receipt.part.name}: {receipt.part.rows} rows for {planned} inputs")
 
+    def put(self, receipt: PartReceipt) -> PartReceipt:
+        """See ReceiptBook. Raises PublishError too: the part was lost, and answered anew, since another driver put its
+        receipt."""
+        kept = super().put(receipt)
+        if kept.part.name == receipt.part.name and kept.part.sha256 != receipt.part.sha256:
+            part, name = (storage.join(self.output, path) for path in (receipt.part.name, kept.name))
+            raise PublishError(
+                f"{part} changed under way: it has the sha256 {receipt.part.sha256}, by {name} {kept.part.sha256}; "
+                "remove both and run the job again: their chunk alone is then done anew"
+            )
+        return kept
+
     def publish(self) -> AnnotationManifest:
-        """Write the manifest, last of all.
+        """Write the manifest, and then remove the parts that it does not name.
 
         Raises:
             PublishError: too many rows have no answer, a part is lost, or another manifest is there already.
@@ -121,4 +135,22 @@ class AnnotationLedger(ReceiptBook[AnnotationPlan, PartReceipt]):
             parts=entries,
         )
         self.put_manifest(manifest.to_json())
+        remove_superseded(self.output, manifest)
         return manifest
+
+
+def superseded(folder: str, manifest: AnnotationManifest) -> list[str]:
+    """What lies in `folder` of other attempts at the chunks of `manifest` than those that it names."""
+    named = {entry.name for entry in manifest.parts}
+    first_names = {first_name(name) for name in named}
+    places = sorted({name.rpartition("/")[0] for name in named})
+    found = [f"{place}/{name}" for place in places for name in storage.list_names(storage.join(folder, place))]
+    return [storage.join(folder, part) for part in found if first_name(part) in first_names and part not in named]
+
+
+def remove_superseded(folder: str, manifest: AnnotationManifest) -> None:
+    """Remove `superseded`: only once `manifest` is there, for until then it is open which attempts it will name."""
+    for uri in superseded(folder, manifest):
+        file_system, path = storage.filesystem(uri)
+        with suppress(FileNotFoundError), naming(uri):  # another run may be quicker
+            file_system.rm_file(path)

@@ -1,9 +1,11 @@
 """A part: the rows of one chunk with their answers, as one Parquet or JSON-lines file.
 
 A part is named by its chunk and put if absent, so that of two workers that do one chunk only one is heard, and every
-input has one row in `parts/` at any time. It is a corpus as well, of the format `parquet` or `messages`: a row has the
-conversation that was asked with the answer behind it, and the image; a row without an answer ends in its question, and
-preparation quarantines it.
+input has one row in `parts/` at any time. Where a part is lost or damaged, its chunk is answered anew under another
+name, for the answers may be others than those of which the receipt tells; what is left of it goes behind the manifest.
+
+A part is a corpus as well, of the format `parquet` or `messages`: a row has the conversation that was asked with the
+answer behind it, and the image; a row without an answer ends in its question, and preparation quarantines it.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -23,8 +26,10 @@ from pydantic import BaseModel, ConfigDict
 from pipelines import storage
 from pipelines.annotation.settings import PartFormat
 from pipelines.records import FileFormatError, Message
+from pipelines.shards.receipts import attempt_name
 
 PART_FOLDER = "parts"
+_ATTEMPT = re.compile(r"-\d+(?=\.[a-z]+$)")
 _ROW_GROUP = 128  # rows, with their images
 _CONTENT = pa.list_(pa.struct([("type", pa.string()), ("text", pa.string())]))
 
@@ -113,9 +118,14 @@ class PartEntry(BaseModel):
     """Key and error of one of them."""
 
 
-def part_name(source: str, chunk: int, format: PartFormat) -> str:
+def part_name(source: str, chunk: int, format: PartFormat, attempt: int = 0) -> str:
     """Path of a part below the output: a source's parts lie together, for its images lie below one root."""
-    return f"{PART_FOLDER}/{source}/{chunk:08d}.{format}"
+    return f"{PART_FOLDER}/{source}/{attempt_name(chunk, attempt)}.{format}"
+
+
+def first_name(part: str) -> str:
+    """The name that the chunk of a part gives to its first attempt."""
+    return _ATTEMPT.sub("", part)
 
 
 def serialize(rows: Sequence[PartRow], model: str, format: PartFormat, as_corpus: bool) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,7 @@ _SUSPECTS = 6  # chunks that are named where workers died of one
 
 def run_chunks(
     plan: AnnotationPlan,
-    pending: list[int],
+    pending: Mapping[int, int],
     files: tuple[SourceFiles, ...],
     output: str,
     settings: AnnotateSettings,
@@ -42,7 +42,7 @@ def run_chunks(
 
     Args:
         plan: the plan.
-        pending: numbers of chunks.
+        pending: number of a chunk -> its attempt.
         files: where any process finds each source.
         output: where the parts go.
         settings: of the workers.
@@ -53,7 +53,10 @@ def run_chunks(
         ClusterError: Ray itself failed.
         CrashError: workers died of a chunk; it names those that it may be.
     """
-    items = [{"number": number, **plan.chunks[number].model_dump()} for number in pending]
+    items = [
+        {"number": number, "attempt": attempt, **plan.chunks[number].model_dump()}
+        for number, attempt in pending.items()
+    ]
     context = quiet_context()
     # Ray adds a worker where the others hold 1.75 times the chunks that they run at once. Ours run all that they hold.
     context.autoscaling_config = AutoscalingConfig(actor_pool_util_upscaling_threshold=1.0)
@@ -67,7 +70,7 @@ def run_chunks(
             **_actors(settings),
         )
     done = map(PartReceipt.model_validate_json, column(receipts, "receipt"))
-    return named(done, pending, partial(_suspects, plan))
+    return named(done, list(pending), partial(_suspects, plan))
 
 
 def _suspects(plan: AnnotationPlan, left: list[int]) -> str:
@@ -114,8 +117,8 @@ class AnnotationWorker:
             self._annotator = self._annotator or self._load()
         receipts = []
         for row in chunks.to_pylist():
-            number = row.pop("number")
-            receipts.append(self._annotator(number, Chunk(**row)).model_dump_json())
+            number, attempt = row.pop("number"), row.pop("attempt")
+            receipts.append(self._annotator(number, Chunk(**row), attempt).model_dump_json())
         return pa.table({"receipt": receipts})
 
 

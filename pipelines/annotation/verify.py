@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from pipelines import storage
-from pipelines.annotation.ledger import AnnotationManifest
+from pipelines.annotation.ledger import AnnotationManifest, superseded
 from pipelines.annotation.parts import PartEntry, describe
 from pipelines.annotation.plan import AnnotationPlan, load_plan
 from pipelines.preparation.chunks import Chunk
@@ -40,7 +40,9 @@ def verify(folder: str) -> list[str]:
 
     with ThreadPoolExecutor(_THREADS) as threads:
         found_faults = threads.map(faults, zip(plan.chunks, manifest.parts, strict=True))
-        return [line for lines in found_faults for line in lines]
+        lines = [line for lines in found_faults for line in lines]
+    twice = superseded(folder, manifest)
+    return [*lines, *(f"{uri}: its chunk was done anew; run the job again, which removes this part" for uri in twice)]
 
 
 def _part_faults(folder: str, plan: AnnotationPlan, chunk: Chunk, entry: PartEntry) -> Iterator[str]:

@@ -20,7 +20,7 @@ from pipelines.preparation.sources import PlanError
 from pipelines.shards.integrity import check, missing
 from pipelines.shards.manifest import Manifest
 from pipelines.shards.reader import ShardedDataset
-from pipelines.shards.receipts import QuarantinedRow, Receipt, load_receipt, receipt_name
+from pipelines.shards.receipts import QuarantinedRow, Receipt, load_receipt, receipt_uris
 from pipelines.shards.schema import IGNORED_LABEL
 
 
@@ -63,7 +63,7 @@ class Inspector:
         number, position = _chunk_of(plan, key)
         if number is None:
             raise InspectionError(f"{self.folder}: no row has the key {key!r}; a key is a source's name and a position")
-        receipt = load_receipt(Receipt, storage.join(self.folder, receipt_name(number)))
+        receipt = load_receipt(Receipt, receipt_uris(self.folder, len(plan.chunks))[number])
         rejected = {row.key: row for row in receipt.quarantined}
         if key in rejected:
             return _quarantined(rejected[key])

@@ -1,7 +1,8 @@
 """The receipts of a plan in a folder, one per finished chunk: what makes a run that is killed go on where it was.
 
 Every write is put-if-absent, so of two drivers on one folder none undoes the other's work: the second takes the first's
-receipt for its own, and both arrive at one manifest. A book lives on the driver and needs no Ray.
+receipt for its own, and both arrive at one manifest. That holds for a chunk whose file is lost too: its receipt stays,
+and the receipt of the next attempt is put beside it. A book lives on the driver and needs no Ray.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ class ReceiptBook(ABC, Generic[PlanKind, ReceiptKind]):
         self._open_plan()
         receipts = list(load_receipts(kind, output))
         self.lost = self._faults_of([receipt for receipt in receipts if receipt.plan == self.plan_identity])
+        self._lost_receipts = {receipt.chunk: receipt for receipt in receipts if receipt.chunk in self.lost}
         for receipt in receipts:
             if receipt.chunk not in self.lost:
                 self.enter(receipt)
@@ -73,6 +75,10 @@ class ReceiptBook(ABC, Generic[PlanKind, ReceiptKind]):
     def pending(self) -> list[int]:
         """Numbers of the chunks without a receipt."""
         return [number for number in range(len(self.plan.chunks)) if number not in self.receipts]
+
+    def attempt(self, chunk: int) -> int:
+        """The attempt as which a chunk that is pending is done: a later one than that whose file is lost."""
+        return self._lost_receipts[chunk].attempt + 1 if chunk in self.lost else 0
 
     @property
     def num_bad(self) -> int:
@@ -91,9 +97,10 @@ class ReceiptBook(ABC, Generic[PlanKind, ReceiptKind]):
         self.enter(self.put(receipt))
 
     def put(self, receipt: ReceiptKind) -> ReceiptKind:
-        """Put `receipt` if its chunk has none; the one that lies there now, which another driver may have put.
+        """Put `receipt` as that of the chunk's attempt; the one that lies there now, which another driver may have put.
 
-        The book itself is as before, so threads may put at once.
+        The receipt of a lost file counts again where the file, named by its content, is written again. The book itself
+        is as before, so threads may put at once.
 
         Raises:
             AccountingError: its rows are not those that were planned, each once. It is not put then.
@@ -101,6 +108,10 @@ class ReceiptBook(ABC, Generic[PlanKind, ReceiptKind]):
             OSError, StorageError: as `storage.put_if_absent`.
         """
         self.check_rows(receipt)
+        lost = self._lost_receipts.get(receipt.chunk)
+        if lost and lost.file == receipt.file:
+            return lost
+        receipt = receipt.model_copy(update={"attempt": self.attempt(receipt.chunk)})
         uri = storage.join(self.output, receipt.name)
         if storage.put_if_absent(uri, receipt.model_dump_json().encode()):
             return receipt
@@ -168,10 +179,8 @@ class ReceiptBook(ABC, Generic[PlanKind, ReceiptKind]):
     def check_files(self) -> None:
         """Raise PublishError unless the file of every receipt is there, with all its bytes: `verify` hashes them."""
         for chunk, fault in self._faults_of(list(self.receipts.values())).items():
-            receipt = storage.join(self.output, self.receipts[chunk].name)
             raise PublishError(
-                f"{fault}; nothing is published. Restore it, or remove {receipt} and run the job again: its chunk "
-                "alone is then done anew"
+                f"{fault}; nothing is published. Restore it, or run the job again: chunk {chunk} is then done anew"
             )
 
     def put_manifest(self, data: bytes) -> None:

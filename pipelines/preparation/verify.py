@@ -16,7 +16,7 @@ from pipelines.preparation.sources import PlanError
 from pipelines.shards.images import ImageObjectError, ImageStore, image_keys
 from pipelines.shards.integrity import ShardError, check, missing
 from pipelines.shards.manifest import MANIFEST_NAME, Manifest, QuarantineEntry, ShardEntry
-from pipelines.shards.receipts import RECEIPT_FOLDER, Receipt, load_receipt, receipt_name
+from pipelines.shards.receipts import RECEIPT_FOLDER, Receipt, load_receipt, receipt_uris
 from pipelines.stored_models import StoredModelError
 
 _THREADS = 4
@@ -96,7 +96,7 @@ def _plan_faults(folder: str, manifest: Manifest) -> Iterator[str]:
 
 
 def _receipt_faults(folder: str, manifest: Manifest, plan: Plan) -> Iterator[str]:
-    uris = [storage.join(folder, receipt_name(chunk)) for chunk in range(len(plan.chunks))]
+    uris = receipt_uris(folder, len(plan.chunks))
     with ThreadPoolExecutor(_THREADS) as threads:
         found = list(threads.map(_receipt, uris))
     yield from (each for each in found if isinstance(each, str))

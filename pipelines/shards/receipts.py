@@ -2,6 +2,9 @@
 
 Receipts are put only if absent, one per chunk, after the shard that they name is complete. What has no receipt has not
 happened, so a preparation that was killed at any instant goes on where its receipts end.
+
+No receipt is ever replaced. Where the file that one names is lost, the chunk is done anew as its next attempt, whose
+receipt has a name of its own. The latest attempt counts.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from collections.abc import Collection, Iterable, Iterator
 from typing import TypeVar
 
 import xxhash
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from pipelines import storage
 from pipelines.shards.manifest import MANIFEST_NAME, ShardEntry
@@ -77,11 +80,13 @@ class ChunkReceipt(BaseModel, ABC):
     chunk: int
     planned: int
     """Rows of the chunk."""
+    attempt: int = Field(default=0, exclude_if=lambda attempt: attempt == 0)
+    """How many receipts the chunk had before, whose files were lost."""
 
     @property
     def name(self) -> str:
         """Path of the receipt below the dataset's folder."""
-        return receipt_name(self.chunk)
+        return receipt_name(self.chunk, self.attempt)
 
     @property
     @abstractmethod
@@ -144,24 +149,43 @@ def load_receipt(kind: type[ReceiptKind], uri: str) -> ReceiptKind:
 
 
 def load_receipts(kind: type[ReceiptKind], folder: str) -> Iterator[ReceiptKind]:
-    """The receipts of the dataset in `folder`, many read at a time. Raises: as `load_receipt`."""
-    uris = [storage.join(folder, RECEIPT_FOLDER, name) for name in _names(folder)]
+    """The latest receipts of the dataset in `folder`, many read at a time. Raises: as `load_receipt`."""
+    uris = [storage.join(folder, RECEIPT_FOLDER, name) for name in _latest(folder).values()]
     for uri, data in zip(uris, storage.read_many(uris), strict=True):
         yield parse_model(kind, uri, data, _WHAT, _REMEDY)
 
 
+def receipt_uris(folder: str, num_chunks: int) -> list[str]:
+    """Where the latest receipt of each chunk of the dataset in `folder` lies, or should lie."""
+    latest = _latest(folder)
+    names = map(attempt_name, range(num_chunks))
+    return [storage.join(folder, RECEIPT_FOLDER, latest.get(name, f"{name}.json")) for name in names]
+
+
 def describe_done(folder: str, num_chunks: int) -> str:
     """How far an output is that an earlier run has begun, in a line."""
-    return f"{len(_names(folder)):,} of {num_chunks:,} chunks are done already"
+    return f"{len(_latest(folder)):,} of {num_chunks:,} chunks are done already"
 
 
-def _names(folder: str) -> list[str]:
-    return [name for name in storage.list_names(storage.join(folder, RECEIPT_FOLDER)) if name.endswith(".json")]
+def _latest(folder: str) -> dict[str, str]:
+    """Chunk, as in a file's name -> the file of its latest receipt."""
+    found = [name for name in storage.list_names(storage.join(folder, RECEIPT_FOLDER)) if name.endswith(".json")]
+    latest: dict[str, tuple[int, str]] = {}
+    for name in found:
+        chunk, _, attempt = name.removesuffix(".json").partition("-")
+        each = int(attempt) if attempt.isdecimal() else 0, name
+        latest[chunk] = max(latest.get(chunk, each), each)
+    return {chunk: name for chunk, (_, name) in sorted(latest.items())}
 
 
-def receipt_name(chunk: int) -> str:
-    """Path of the receipt of `chunk` below the dataset's folder."""
-    return f"{RECEIPT_FOLDER}/{chunk:08d}.json"
+def attempt_name(chunk: int, attempt: int = 0) -> str:
+    """Of a chunk's file, the name without its ending. Attempts lie in the order of their chunks."""
+    return f"{chunk:08d}-{attempt}" if attempt else f"{chunk:08d}"
+
+
+def receipt_name(chunk: int, attempt: int = 0) -> str:
+    """Path of a receipt of `chunk` below the dataset's folder."""
+    return f"{RECEIPT_FOLDER}/{attempt_name(chunk, attempt)}.json"
 
 
 def keys_digest(keys: Iterable[str]) -> str:

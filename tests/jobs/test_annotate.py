@@ -145,6 +145,24 @@ def test_captions_of_a_model_are_prepared_for_its_next_training(
 
 
 @pytest.mark.ray
+@pytest.mark.usefixtures("ray_session")
+def test_part_that_is_damaged_before_all_is_published_is_answered_anew(
+    corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = annotate_settings(corpus, chunk_rows=12)
+    output, recipe = settings.output, corpus / "annotate.yaml"
+    recipe.write_text(dump_settings(settings))
+    assert main(["--config", str(recipe)]) == 0
+    Path(output, "manifest.json").unlink()
+    part = Path(output, "parts", "corpus", "00000001.parquet")
+    part.write_bytes(part.read_bytes()[:-10])
+    assert main(["--config", str(recipe)]) == 0
+    assert f"done anew: 1 of 2 chunks, such as that of {part}: " in capsys.readouterr().out
+    check_one_row_each(output)
+    assert storage.list_names(f"{output}/parts/corpus") == ["00000000.parquet", "00000001-1.parquet"]
+
+
+@pytest.mark.ray
 def test_pool_grows_and_killed_actor_and_node_cost_no_row_and_double_none(
     corpus: Path, two_nodes: ray.cluster_utils.Cluster
 ) -> None:

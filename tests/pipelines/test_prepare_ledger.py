@@ -11,12 +11,22 @@ import pytest
 
 from pipelines import storage
 from pipelines.preparation.chunks import Chunk
+from pipelines.preparation.collection import find_garbage
 from pipelines.preparation.ledger import Ledger
 from pipelines.preparation.plan import Plan, Terms, check_terms, load_plan
 from pipelines.preparation.receipt_book import PublishError
 from pipelines.preparation.sources import PlanError, SourceTerms
+from pipelines.preparation.verify import verify
 from pipelines.shards import Manifest
-from pipelines.shards.receipts import AccountingError, QuarantinedRow, Receipt, keys_digest
+from pipelines.shards.receipts import (
+    AccountingError,
+    ChunkFacts,
+    QuarantinedRow,
+    Receipt,
+    describe_done,
+    keys_digest,
+    load_receipts,
+)
 from pipelines.shards.schema import SAMPLE_SCHEMA
 from pipelines.shards.writer import write_shard
 from tests.shards import sample
@@ -92,14 +102,40 @@ def test_a_chunk_whose_shard_is_lost_is_done_anew(place: str, is_cut: bool) -> N
     uri = storage.join(place, lost.name)
     whole = storage.read_bytes(uri)
     damage(uri, whole[:-10] if is_cut else None)
-    with pytest.raises(PublishError, match=rf"{lost.name}: expected .* bytes, found .*receipts/.* its chunk alone"):
+    with pytest.raises(
+        PublishError, match=rf"{lost.name}: expected .* bytes, found .*run the job again: chunk 1 is then"
+    ):
         ledger.publish()
     resumed = Ledger(place, plan, 0.5)
     assert resumed.pending == [1]
     assert f"{len(whole):,} bytes, found {f'{len(whole) - 10:,}' if is_cut else 'no such file'}" in resumed.lost[1]
     resumed.commit(make_receipt(place, plan, 1))
     assert storage.read_bytes(uri) == whole
+    assert list(load_receipts(Receipt, place)) == receipts  # what the first one says is true again
     assert resumed.publish().written == 6
+
+
+def test_a_chunk_whose_shard_is_lost_may_come_to_another_one(place: str) -> None:
+    """As where features are encoded on a GPU, or an image that is not pinned has gone."""
+    plan = make_plan()
+    ledger = Ledger(place, plan, 0.5)
+    for chunk in range(3):
+        ledger.commit(make_receipt(place, plan, chunk))
+    lost = ledger.receipts[1].shard
+    assert lost
+    damage(storage.join(place, lost.name), b"cut")
+    first, second = Ledger(place, plan, 0.5), Ledger(place, plan, 0.5)
+    first.commit(make_receipt(place, plan, 1, bad=1))
+    second.commit(make_receipt(place, plan, 1, bad=1).model_copy(update={"facts": ChunkFacts(seconds={"other": 1})}))
+    third = Ledger(place, plan, 0.5)
+    assert (first.pending, second.pending, third.pending) == ([], [], [])
+    manifest = first.publish()
+    assert manifest == second.publish() == third.publish()
+    assert (manifest.written, manifest.quarantined) == (5, 1)
+    assert verify(place) == []
+    assert describe_done(place, 3) == "3 of 3 chunks are done already"
+    [garbage] = find_garbage(place)
+    assert garbage.path.endswith(lost.name)
 
 
 def test_a_receipt_of_another_plan_is_refused_before_any_work_even_where_its_shard_is_lost(tmp_path: Path) -> None:
