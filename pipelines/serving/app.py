@@ -24,6 +24,7 @@ from ray.serve.handle import DeploymentHandle
 
 from pipelines.serving.checkpoint_files import check_folder, checkpoint_identity
 from pipelines.serving.settings import ServeArgs
+from pipelines.serving.single_flight import SingleFlight
 from pipelines.storage import resolve
 
 if TYPE_CHECKING:
@@ -53,10 +54,11 @@ class EngineReplica:
         from pipelines.serving.replies import Desk
 
         disable_progress_bar()
-        self._patience_s = args.wedged_after_s
-        self._engine = Engine.from_checkpoint(args.checkpoint, args.device, args.dtype, args.engine)
-        self._desk = Desk(self._engine)
+        engine = Engine.from_checkpoint(args.checkpoint, args.device, args.dtype, args.engine)
+        self._engine = engine
+        self._desk = Desk(engine)
         self._metrics = EngineMetrics(_replica_name())
+        self._check = SingleFlight(lambda: asyncio.to_thread(engine.check, args.wedged_after_s))
 
     async def answer(self, prompt: "Prompt") -> "Reply | ApiError":
         """The whole answer, or why there is none. Refusals are values: Serve would log an exception with its trace."""
@@ -72,15 +74,15 @@ class EngineReplica:
         return self._metrics.collect(self._engine.stats())
 
     async def check_health(self) -> None:
-        """Called by Serve every few seconds; a replica that raises thrice is replaced.
+        """Called by Serve every few seconds, and for `GET /health`; a replica that raises thrice is replaced.
 
         One that is stuck ends at once. Serve would let its requests finish first, which they never do; so they are
-        asked of another engine.
+        asked of another engine. All who ask at once share a look, and a thread: Serve must not wait behind the others.
         """
         from pipelines.serving.engine import EngineStuck
 
         try:
-            await asyncio.to_thread(self._engine.check, self._patience_s)
+            await self._check()
         except EngineStuck:
             logger.exception("this engine is stuck; its process ends, to be replaced")
             os._exit(1)

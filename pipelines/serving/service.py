@@ -21,9 +21,10 @@ from pipelines.serving.metrics import IngressMetrics
 from pipelines.serving.protocol import ChatRequest, parse_request, read_messages, read_sampling
 from pipelines.serving.replies import Reply
 from pipelines.serving.settings import Limits, Policy
+from pipelines.serving.single_flight import SingleFlight
 
 HEALTH_TIMEOUT_S = 10
-HEALTH_HOLDS_S = 1  # /health is open to everybody, so it must not cost a forward pass each time
+HEALTH_HOLDS_S = 1  # /health is open to everybody: no finding, good or bad, may cost a forward pass each time
 GRACE_S = 5  # beyond the deadline, which the engine itself keeps: only one that is lost needs more
 CLIENT_GONE = 499
 # Threads that read requests. More of them than cores would only take the interpreter from each other; more than a few
@@ -73,7 +74,7 @@ class Service:
         self.model_hash = model_hash
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="reader")
         self._num_open = 0
-        self._healthy_until = 0.0
+        self._check = SingleFlight(lambda: asyncio.wait_for(engines.check(), HEALTH_TIMEOUT_S), HEALTH_HOLDS_S)
         self._rate_limit = RateLimit(policy.limits.requests_per_minute)
         self.adopt(policy)
 
@@ -116,13 +117,10 @@ class Service:
 
     async def check(self) -> None:
         """Raise `ApiError` (503) where no engine answers."""
-        if time.monotonic() < self._healthy_until:
-            return
         try:
-            await asyncio.wait_for(self.engines.check(), HEALTH_TIMEOUT_S)
+            await self._check()
         except Exception as error:  # whatever keeps the engine from answering: that is the finding
             raise ApiError(503, f"no engine answers ({type(error).__name__})", "unavailable") from error
-        self._healthy_until = time.monotonic() + HEALTH_HOLDS_S
 
     def _read(self, body: bytes, limits: Limits) -> tuple[ChatRequest, Prompt | None]:
         """The request, and its prompt unless images have to be fetched for it."""
