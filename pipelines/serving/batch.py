@@ -130,7 +130,7 @@ class ContinuousBatch:
             self.last_step_at = time.monotonic()
 
     def fail_all(self, failure: Exception) -> None:
-        """End every request, because of what concerns them all."""
+        """End every request, because of what concerns them all. No slot moves, for that may be what failed."""
         for slot in reversed(range(len(self.rows))):
             self._end(slot, "error", failure)
         with self._lock:
@@ -260,10 +260,11 @@ class ContinuousBatch:
 
     def _end(self, slot: int, reason: FinishReason, failure: Exception | None = None) -> None:
         """Free a slot; the row of the last slot moves into it. From the last to the first, if there are several."""
-        row, last = self.rows[slot], self.rows.pop()
-        if last is not row:
-            self.slots.move(len(self.rows), slot, last.length)
-            self.rows[slot] = last
+        row, last = self.rows[slot], len(self.rows) - 1
+        if slot < last:
+            self.slots.move(last, slot, self.rows[last].length)  # may fail: until then both are where they were
+            self.rows[slot] = self.rows[last]
+        self.rows.pop()
         row.send(reason, failure)
 
 

@@ -147,6 +147,39 @@ def test_any_other_failure_of_a_decode_step_ends_those_that_run_and_the_batch_go
     assert run(batch, prompts) == run(build_batch(), prompts)
 
 
+@pytest.mark.parametrize("ending", ["length", "cancelled"])
+def test_a_slot_that_cannot_be_moved_leaves_nobody_without_an_end(
+    processor: FlashSlothProcessor,
+    build_batch: Callable[..., ContinuousBatch],
+    monkeypatch: pytest.MonkeyPatch,
+    ending: str,
+) -> None:
+    """Neither the one that ends, nor the one of the last slot that should have taken its place."""
+    prompts, batch = mixed_prompts(processor), build_batch()
+    first, *others = prompts
+    senders = [Sender(batch.submit(sampled(first, max_tokens=12 if ending == "length" else 50)))]
+    senders += [Sender(batch.submit(sampled(prompt, max_tokens=50))) for prompt in others]
+    while batch.stats().waiting:
+        batch.step()
+    lost = RuntimeError("device lost")
+
+    def failing(*_: Any) -> None:
+        raise lost
+
+    monkeypatch.setattr(batch.slots, "move", failing)
+    if ending == "cancelled":
+        senders[0].ticket.cancel()
+    with pytest.raises(RuntimeError, match="device lost"):
+        for _ in range(12):
+            batch.step()
+    batch.fail_all(lost)
+    ends = [[chunk.error for chunk in sender.chunks if chunk.finish_reason] for sender in senders]
+    assert ends == [["RuntimeError: device lost"]] * 8
+    assert not batch.busy
+    monkeypatch.undo()
+    assert run(batch, prompts) == run(build_batch(), prompts)
+
+
 def test_numbers_that_are_none_end_their_row_and_leave_nothing_in_its_slot(
     processor: FlashSlothProcessor, build_batch: Callable[..., ContinuousBatch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
