@@ -30,8 +30,8 @@ class ServeSettings(JobSettings, ServeArgs):  # type: ignore[misc]  # a Settings
     port: int = Field(default=8000, ge=1, le=65535)
     """Port to listen on."""
 
-    request_timeout_s: float = Field(default=120, gt=0)
-    """After this long a request is given up and answered with an error."""
+    request_timeout_s: float = Field(default=240, gt=0)
+    """After this long, its body's time included, a request is given up and answered with an error."""
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -64,7 +64,7 @@ def build_http(service: Service) -> FastAPI:
         async with visit.closed_on_error():
             if STAYS in request.headers:
                 raise ApiError(422, f"the header {STAYS} is not supported", "invalid_request")
-            question = await service.read(await _read_body(request, service.limits))
+            question = await service.read(await _read_body(request, visit, service.limits))
             request_id = _id_of(request)
             num_prompt_tokens = len(question.prompt.input_ids)
             completion = Completion(
@@ -180,7 +180,7 @@ def _id_of(request: Request) -> str:
     return request_id if PLAIN_ID.fullmatch(request_id) else uuid.uuid4().hex
 
 
-async def _read_body(request: Request, limits: Limits) -> bytes:
+async def _read_body(request: Request, visit: Visit, limits: Limits) -> bytes:
     """The body, never more of it than the limits allow, nor longer than an answer may take."""
     limit = limits.max_body_bytes
     too_large = ApiError(413, f"the body is larger than {limit} bytes", "body_too_large")
@@ -196,15 +196,16 @@ async def _read_body(request: Request, limits: Limits) -> bytes:
     try:
         async with asyncio.timeout(limits.deadline_s):
             async for chunk in request.stream():
-                body += chunk
-                if len(body) > limit:
+                if len(body) + len(chunk) > limit:
                     raise too_large
+                visit.hold(len(chunk))
+                body += chunk
     except TimeoutError as error:
         message = f"the body did not come within {limits.deadline_s:g} s"
         raise ApiError(408, message, "body_too_slow") from error
     except ClientDisconnect as error:
         raise ApiError(CLIENT_GONE, "the connection ended before the body did", "client_gone") from error
-    return bytes(body)
+    return bytes(body)  # of a bytearray, the parser would make a copy of its own
 
 
 def _page_headers(page: str) -> dict[str, str]:

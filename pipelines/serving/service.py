@@ -73,7 +73,7 @@ class Service:
         self.read_metrics = read_metrics
         self.model_hash = model_hash
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="reader")
-        self._num_open = 0
+        self._num_open = self._num_body_bytes = 0
         self._check = SingleFlight(lambda: asyncio.wait_for(engines.check(), HEALTH_TIMEOUT_S), HEALTH_HOLDS_S)
         self._rate_limit = RateLimit(policy.limits.requests_per_minute)
         self.adopt(policy)
@@ -144,8 +144,7 @@ class Visit:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._started_at = time.monotonic()
-        # What an engine needs to give up is known to the engine; this is for one that is lost without a word.
-        self._expires_at = asyncio.get_running_loop().time() + service.limits.deadline_s + GRACE_S
+        self._num_body_bytes = 0
         self._is_open = True
         service._num_open += 1
         service.metrics.opened()
@@ -165,6 +164,14 @@ class Visit:
             self.close(500)
             raise
 
+    def hold(self, num_bytes: int) -> None:
+        """So much more of the body has come; raises `ApiError` (429) where it has no room beside the others."""
+        held = self._service._num_body_bytes
+        if held + num_bytes > self._service.limits.max_open_body_bytes:
+            raise ApiError(429, f"{held} bytes of requests are being read; try again", "overloaded")
+        self._service._num_body_bytes += num_bytes
+        self._num_body_bytes += num_bytes
+
     async def wait(self, answer: Awaitable[T]) -> T:
         """The answer; raises `ApiError` (503) where it does not come in time."""
         try:
@@ -181,12 +188,20 @@ class Visit:
         self._service.metrics.first_token(elapsed)
 
     def sent(self) -> None:
-        """The prompt goes to an engine."""
+        """The prompt goes to an engine. The body has been let go of, and the time of the answer begins."""
+        self._let_go()
         self._sent_at = time.monotonic()
+        # When to give up is known to the engine; this is for one that is lost without a word.
+        self._expires_at = asyncio.get_running_loop().time() + self._service.limits.deadline_s + GRACE_S
 
     def close(self, status: int) -> None:
         """The request has ended."""
         if self._is_open:
+            self._let_go()
             self._is_open = False
             self._service._num_open -= 1
             self._service.metrics.closed(status, time.monotonic() - self._started_at)
+
+    def _let_go(self) -> None:
+        self._service._num_body_bytes -= self._num_body_bytes
+        self._num_body_bytes = 0

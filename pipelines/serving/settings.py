@@ -32,6 +32,9 @@ class Limits(Section):
     max_body_bytes: int = Field(default=20 * 2**20, gt=0)
     """Largest request body; a larger one is answered with 413. No fetched image may be larger either."""
 
+    max_open_body_bytes: int = Field(default=2**30, gt=0)
+    """Bytes of bodies that one ingress holds at once, until they are read; what comes beyond is answered with 429."""
+
     max_image_pixels: int = Field(default=50_000_000, gt=0)
     """Largest image by width x height, read from its header before it is decoded."""
 
@@ -45,8 +48,8 @@ class Limits(Section):
     """Length of an answer where the request does not say; at most `max_tokens`, and what is left of a slot."""
 
     deadline_s: float = Field(default=100, gt=0)
-    """Seconds from a request's arrival at an engine after which its answer ends where it is. Keep it below the
-    `request_timeout_s` of HTTP, which ends a request without a word."""
+    """Seconds from a request's arrival at an engine after which its answer ends where it is. Its body may take as long
+    before that. Keep both together below the `request_timeout_s` of HTTP, which ends a request without a word."""
 
     max_open_requests: int = Field(default=256, gt=0)
     """Requests that one ingress works on at once; one more is answered with 429 before its body is read."""
@@ -55,6 +58,15 @@ class Limits(Section):
     """Requests of one client that one ingress takes per minute: each ingress counts for itself, so with several of them
     a client gets up to this times `num_ingress_replicas`. A client is a token; where there are none, the address that
     the connection comes from, which behind a proxy is the proxy's."""
+
+    @model_validator(mode="after")
+    def _check_bodies(self) -> Limits:
+        if self.max_open_body_bytes < self.max_body_bytes:
+            raise ValueError(
+                f"max_open_body_bytes is {self.max_open_body_bytes}, less than max_body_bytes, {self.max_body_bytes}: "
+                "the largest body would always be told to try again"
+            )
+        return self
 
 
 class Policy(Section):
