@@ -28,6 +28,11 @@ def shortened(detail: str) -> str:
     return f"{detail[:_HEAD]} ... ({left_out:,} characters left out) ... {detail[-_TAIL:]}"
 
 
+def storable(text: str) -> str:
+    """`text` as UTF-8 can spell it: halves of surrogate pairs, which JSON may bring, are escaped."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 @dataclass(frozen=True)
 class Record:
     """A conversation about at most one image."""
@@ -61,12 +66,12 @@ class RowError(ValueError):
 
     Attributes:
         reason: one word for the table of reasons, such as `row_malformed`.
-        detail: what exactly is wrong, for a person; shortened.
-        id: the corpus's own id of the row, where it could be read.
+        detail: what exactly is wrong, for a person; storable and shortened.
+        id: the corpus's own id of the row, where it could be read; storable.
     """
 
     def __init__(self, reason: str, detail: str, id: str = "") -> None:
-        self.reason, self.detail, self.id = reason, shortened(detail), id
+        self.reason, self.detail, self.id = reason, shortened(storable(detail)), storable(id)
         super().__init__(f"{reason}: {self.detail}")
 
     def __reduce__(self) -> tuple[type[RowError], tuple[str, str, str]]:

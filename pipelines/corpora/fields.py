@@ -82,7 +82,7 @@ def turns(
             raise RowError("row_malformed", f"turn {number} is an object, this is {kind(turn)}", own_id)
         role = turn.get(names[0])
         if role is None:
-            detail = f"turn {number} has no '{names[0]}'; it has: {', '.join(map(str, turn))}"
+            detail = f"turn {number} has no '{names[0]}'; it has: {', '.join(map(repr, turn))}"
             raise RowError("row_malformed", detail, own_id)
         if not isinstance(role, str) or role not in roles:
             raise RowError("row_malformed", f"turn {number} is from {role!r}; known: {', '.join(roles)}", own_id)

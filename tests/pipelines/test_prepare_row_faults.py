@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from flashsloth.collation import IGNORED_LABEL
 from pipelines.preparation.data_receipt import DataReceipt
 from pipelines.preparation.inspection import Inspector
 from pipelines.preparation.receipt_book import PublishError
+from pipelines.records import RowError
 from pipelines.shards import ShardedDataset
 from pipelines.shards.receipts import QuarantinedRow, Receipt
 from tests.corpus import encoded, picture, row, write_corpus, write_processor
@@ -85,6 +87,16 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     **{
         f"the image {path}": ("path_not_allowed", row(0, image=path))
         for path in ("../secret.jpg", "a/../../secret.jpg", "/etc/passwd", "file:///etc/passwd", "http://host/a.jpg")
+    },
+    **{
+        f"half of a surrogate pair in {where}": ("row_malformed", content)
+        for where, content in {
+            "the id": row(3, id="\ud800"),
+            "the name of a field": row(3, conversations=[{"\ud800": "x"}]),
+            "a speaker": row(3, conversations=turns("Q", "A", names=("\ud800", "gpt"))),
+            "a question": row(3, conversations=turns("\ud800", "A")),
+            "a path": row(0, image="\ud800.jpg"),
+        }.items()
     },
     "the image s3://": ("path_not_allowed", row(0, image="s3://bucket/a.jpg")),
 }
@@ -196,3 +208,10 @@ def test_a_long_id_is_kept_in_the_sample_and_shortened_in_the_quarantine(tmp_pat
     [bad] = pq.read_table(tmp_path / "out" / "quarantine.parquet").to_pylist()
     assert bad["id"].startswith("xxx") and "characters left out" in bad["id"] and len(bad["id"]) < 1000
     assert all(len(path.read_bytes()) < 20_000 for path in (tmp_path / "out" / "receipts").iterdir())
+
+
+def test_what_an_error_keeps_of_a_row_can_be_stored() -> None:
+    error = RowError("row_malformed", "x" * 399 + "\ud800" * 600, "\udfff\u00e9")
+    for each in (error, pickle.loads(pickle.dumps(error))):
+        assert (each.id, len(each.detail) <= 700, "\\ud800" in each.detail) == ("\\udfff\u00e9", True, True)
+        f"{each.detail}{each.id}{each}".encode()
