@@ -32,7 +32,7 @@ def own_id(row: Any) -> str:
 
 
 def images(row: dict[str, Any], own_id: str) -> list[Any]:
-    """What the fields `image` and `images` hold: nothing, one value, or a list of them.
+    """What the fields `image` and `images` hold: nothing, one value, or a list of them. An empty one is as if absent.
 
     Raises:
         RowError: row_malformed: there are both; media_not_supported: the row is about a video or a sound.
@@ -41,7 +41,7 @@ def images(row: dict[str, Any], own_id: str) -> list[Any]:
         held = row.get(field)
         if any(held.values()) if isinstance(held, dict) else held:
             raise RowError("media_not_supported", f"the row has '{field}'; FlashSloth looks at an image", own_id)
-    values = [row[field] for field in ("image", "images") if row.get(field) is not None]
+    values = [row[field] for field in ("image", "images") if row.get(field) not in (None, "", [])]
     if len(values) > 1:
         raise RowError("row_malformed", "a row has 'image' or 'images', not both", own_id)
     if not values:

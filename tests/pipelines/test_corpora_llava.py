@@ -57,6 +57,14 @@ def test_text_only_row_is_left_as_it_is(tmp_path: Path) -> None:
     assert [message["content"] for message in found.messages] == [" Write a haiku. ", "Soft rain\n"]
 
 
+@pytest.mark.parametrize("empty", [None, "", []])
+def test_an_empty_field_is_as_if_it_were_not_there(tmp_path: Path, empty: Any) -> None:
+    for field, other in (("image", "images"), ("images", "image")):
+        assert record(tmp_path, {field: empty, "conversations": turns("Q", "A")}).image is None
+        row = {field: empty, other: ["a.jpg"], "conversations": turns("<image>Q", "A")}
+        assert record(tmp_path, row).image == "a.jpg"
+
+
 def test_answer_may_spell_the_marker(tmp_path: Path) -> None:
     found = record(tmp_path, {"conversations": turns("What stands for a picture?", "<image>")})
     assert found.messages[1]["content"] == "<image>"
@@ -96,7 +104,9 @@ def test_positions_run_through_the_file(tmp_path: Path) -> None:
         ({"conversations": turns("<image> <image> Q", "A")}, "image_marker_mismatch", "2 <image> for 1 image"),
         ({"conversations": turns("Q", "A", "<image> Q", "A")}, "image_marker_misplaced", "question 2"),
         ({"image": ["a.jpg", "b.jpg"]}, "too_many_images", "2 images"),
-        ({"image": ""}, "row_malformed", "empty text"),
+        ({"image": ""}, "image_marker_mismatch", "1 <image> for 0 image"),
+        ({"image": [""]}, "row_malformed", "'image' is a path, this is an empty text"),
+        ({"images": ["b.jpg"]}, "row_malformed", "not both"),
         ({"image": 3}, "row_malformed", "a number"),
         ({"image": {"bytes": ""}}, "row_malformed", "an object"),
         ({"conversations": []}, "row_malformed", "empty list"),

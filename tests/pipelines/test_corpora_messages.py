@@ -54,6 +54,7 @@ def text(value: str = "How many dogs?") -> dict[str, str]:
         (asked({"type": "image", "path": "a/1.jpg"}, text()), "a/1.jpg"),
         (asked({"type": "image"}, text(), image="a/1.jpg"), "a/1.jpg"),
         (asked({"type": "image"}, text(), images=["a/1.jpg"]), "a/1.jpg"),
+        (asked({"type": "image"}, text(), image="a/1.jpg", images=[]), "a/1.jpg"),
         (asked({"type": "image"}, text(), images=[DATA_URI]), b"\x89PNG, bytes"),
         ({"id": "r", "messages": [{"role": "user", "content": "<image>\nHow many dogs?"}, ANSWER], "image": "a"}, "a"),
         (
@@ -126,7 +127,7 @@ def test_several_turns_and_a_system_text(tmp_path: Path) -> None:
         (asked(*[{"type": "image", "image": "a.jpg"}] * 2), "too_many_images", "2 images"),
         (asked({"type": "image"}, text()), "image_marker_mismatch", "1 image parts without an address for 0 image"),
         (asked(text(), image="a.jpg"), "image_marker_mismatch", "0 image parts without an address for 1 image"),
-        (asked(text(), image="a.jpg", images=[]), "row_malformed", "not both"),
+        (asked(text(), image="a.jpg", images=["b.jpg"]), "row_malformed", "not both"),
         (
             {"messages": [*ASKED, {"role": "user", "content": [{"type": "image", "image": "a"}]}, ANSWER]},
             "image_marker_misplaced",
