@@ -7,7 +7,9 @@
     {"type": "image"}                    with the path in the row's own field, `image` or `images`
     "<image>" in content that is text    likewise
 
-A row in which an answer has OpenAI's `weight` 0 or a turn calls a tool is quarantined: neither would be heeded.
+A typed text of a question that begins or ends with `<image>` repeats an image part beside it; unless there are as many
+of one as of the other, the row is quarantined. So is one in which an answer has OpenAI's `weight` 0 or a turn calls a
+tool: neither would be heeded.
 
 An address is a path below the image root, or a data URI, which is the image itself. Others (http://, file://) are
 quarantined as `path_not_allowed`: nothing is fetched. Texts of one message are joined by line ends, as in serving.

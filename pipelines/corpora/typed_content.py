@@ -1,4 +1,8 @@
-"""Typed content of chat messages: their texts, and the images that stand among them."""
+"""Typed content of chat messages: their texts, and the images that stand among them.
+
+A text spells the marker `<image>` freely within a sentence, as in serving. Where the text of a question begins or ends
+with it, it stands for an image, as in content that is text: it is taken out where it only repeats an image part.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +37,28 @@ def parts(role: str, content: Any, number: int, own_id: str) -> tuple[str, list[
         else:
             detail = f"turn {number}: a part of type {part.get('type')!r}; text, image and image_url are understood"
             raise RowError("row_malformed", detail, own_id)
+    if role == "user":
+        texts = _unmarked(texts, len(images), number, own_id)
     return "\n".join(texts), images
+
+
+def _unmarked(texts: list[str], num_images: int, number: int, own_id: str) -> list[str]:
+    """`texts` of a question without markers at their ends, of which there must be one for each image part, or none."""
+    found = [_bare(text) for text in texts]
+    count = sum(markers for _, markers in found)
+    if count not in (0, num_images):
+        detail = f"turn {number}: {count} {fields.IMAGE_MARKER} in its texts beside {num_images} image part(s)"
+        raise RowError("image_marker_mismatch", detail, own_id)
+    return [text for text, markers in found if text or not markers]
+
+
+def _bare(text: str) -> tuple[str, int]:
+    """`text` without the markers with which it begins and ends, and how many they are."""
+    pieces = text.split(fields.IMAGE_MARKER)
+    filled = [place for place, piece in enumerate(pieces) if piece.strip()] or [0]
+    kept = pieces[filled[0] : filled[-1] + 1]
+    markers = len(pieces) - len(kept)
+    return (fields.IMAGE_MARKER.join(kept).strip(), markers) if markers else (text, 0)
 
 
 def placed(found: list[tuple[str, list[Any]]], beside: list[Any], own_id: str) -> list[str | bytes]:

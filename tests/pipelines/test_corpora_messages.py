@@ -90,6 +90,15 @@ def test_texts_of_a_message_are_joined_and_spell_the_marker_freely(tmp_path: Pat
     assert found.messages[0]["content"] == "Look:\nwhat does <image> mean?"
 
 
+@pytest.mark.parametrize(
+    "texts", [["<image>\nHow many dogs?"], ["How many dogs? <image> "], ["<image>", "How many dogs?"]]
+)
+def test_a_marker_that_repeats_an_image_part_is_taken_out(tmp_path: Path, texts: list[str]) -> None:
+    parts = [{"type": "image", "image": "a.jpg"}, *map(text, texts)]
+    for row in (asked(*parts), asked(*reversed(parts))):
+        assert only(tmp_path, row).messages == ASKED
+
+
 def test_several_turns_and_a_system_text(tmp_path: Path) -> None:
     system = {"role": "system", "content": "Be brief."}
     question = {"role": "user", "content": [text("Brown?")]}
@@ -134,6 +143,16 @@ def test_several_turns_and_a_system_text(tmp_path: Path) -> None:
             "turn 2",
         ),
         ({"messages": ASKED, "image": "a.jpg"}, "image_marker_mismatch", "0 <image> for 1 image"),
+        (asked(text("<image>\nQ")), "image_marker_mismatch", "turn 0: 1 <image> in its texts beside 0 image part(s)"),
+        (asked(text("<image>\nQ"), image="a.jpg"), "image_marker_mismatch", "1 <image> in its texts beside 0 image"),
+        (
+            asked({"type": "image", "image": "a.jpg"}, text("<image>"), text("Q <image>")),
+            *("image_marker_mismatch", "turn 0: 2 <image> in its texts beside 1 image part(s)"),
+        ),
+        (
+            {"messages": [*ASKED, {"role": "user", "content": [text("<image>Q")]}, ANSWER]},
+            *("image_marker_mismatch", "turn 2: 1 <image> in its texts"),
+        ),
         (asked({"type": "image", "url": "data:image/png,x"}), "image_undecodable", "must be base64"),
         (asked({"type": "image", "url": "data:image/png;base64,x!"}), "image_undecodable", "not base64"),
         (asked({"type": "image", "url": "data:image/png;base64,é"}), "image_undecodable", "not base64"),
