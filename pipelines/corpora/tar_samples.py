@@ -1,4 +1,7 @@
-"""The samples in a tar, as WebDataset has them: files that stand together and share a name up to its first dot."""
+"""The samples in a tar, as WebDataset has them: files that stand together and share a name up to its first dot.
+
+What a file is, its last dot tells: 0.jpg, 0.image.png and 0.0.jpg are images, 0.caption.txt is a text.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,10 @@ _IMAGES = (
 )
 _OTHER_MEDIA = ("mp4", "webm", "avi", "mov", "mkv", "mp3", "wav", "flac", "ogg", "m4a")
 _TEXTS = ("json", "txt")
+_METADATA = ("meta.json", "metadata.json")  # passed over where there is another json
+# Neither an image nor a text: numbers of classes, and arrays beside an image. Without one, an array may be the image.
+_NUMBERS = ("cls", "cls2", "class", "count", "id", "index", "inx")
+_ARRAYS = ("npy", "npz", "pt", "pth")
 
 
 class Sample(NamedTuple):
@@ -37,11 +44,17 @@ class Sample(NamedTuple):
         Raises:
             RowError: row_malformed: there are two of one kind.
         """
-        found = [(suffix, data) for suffix, data in self.files if suffix in _TEXTS]
-        twice = next((suffix for suffix in _TEXTS if [each for each, _ in found].count(suffix) > 1), None)
-        if twice:
-            raise RowError("row_malformed", f"has two files {twice}", self.name)
-        return dict(found)
+        found = {}
+        for kind in _TEXTS:
+            alike = [(suffix, data) for suffix, data in self.files if _kind(suffix) == kind]
+            if len(alike) > 1:
+                alike = [(suffix, data) for suffix, data in alike if suffix not in _METADATA]
+            if len(alike) > 1:
+                names = ", ".join(suffix for suffix, _ in alike)
+                raise RowError("row_malformed", f"has two files {kind} ({names}); one would be lost", self.name)
+            if alike:
+                found[kind] = alike[0][1]
+        return found
 
     def images(self, own_id: str) -> list[bytes]:
         """The images, encoded.
@@ -52,11 +65,20 @@ class Sample(NamedTuple):
         """
         for member in self.odd:
             raise _refusal(member, own_id)
-        images = [data for suffix, data in self.files if suffix in _IMAGES]
-        media = next((suffix for suffix, _ in self.files if suffix in _OTHER_MEDIA), None)
+        images = [data for suffix, data in self.files if _kind(suffix) in _IMAGES]
+        media = next((suffix for suffix, _ in self.files if _kind(suffix) in _OTHER_MEDIA), None)
         if media and not images:
             raise RowError("media_not_supported", f"has {media} and no image; FlashSloth looks at an image", own_id)
         return images
+
+    def check_whole(self, lacks: str, own_id: str) -> None:
+        """Raise RowError row_malformed where a file that is not read may be the `image` or the `text` that it lacks."""
+        known = {*_IMAGES, *_TEXTS, *_OTHER_MEDIA, *_NUMBERS, *(_ARRAYS if lacks == "text" else ())}
+        unread = sorted({suffix for suffix, _ in self.files if _kind(suffix) not in known})
+        if unread:
+            named = "jpg, png, webp and the like" if lacks == "image" else "json or txt"
+            detail = f"has no {lacks}, which would end in {named}, but {', '.join(unread)}, which is not read"
+            raise RowError("row_malformed", detail, own_id)
 
     def suffixes(self) -> str:
         """Of the files that stand in the tar, for messages."""
@@ -85,7 +107,7 @@ def load(file: io.BytesIO, name: str, members: Iterable[TarInfo]) -> Sample:
 
 
 def _refusal(member: TarInfo, own_id: str) -> RowError:
-    reason = "image_not_a_file" if _split(member.name)[1] in _IMAGES else "row_malformed"
+    reason = "image_not_a_file" if _kind(_split(member.name)[1]) in _IMAGES else "row_malformed"
     what, remedy = f"a link to {member.linkname}, not a file in the tar", "--dereference"
     if member.islnk():
         remedy = "--hard-dereference"
@@ -101,8 +123,12 @@ def _split(name: str) -> tuple[str, str]:
     return folder + slash + stem, suffix.lower()
 
 
+def _kind(suffix: str) -> str:
+    return suffix.rpartition(".")[2]
+
+
 def _is_read(member: TarInfo) -> bool:
-    return _split(member.name)[1] in (*_IMAGES, *_TEXTS)
+    return _kind(_split(member.name)[1]) in (*_IMAGES, *_TEXTS)
 
 
 def _belongs(name: str) -> bool:

@@ -4,11 +4,14 @@
     a/000017.json    `{"conversations"}` (ShareGPT's or LLaVA's turns) or `{"messages"}`, with an `id` if there is one
     a/000017.txt     or a caption instead; `{"caption"}` in the json does as well (img2dataset writes both)
 
-What a json calls an image that stands beside it is a name from before the tar, and is passed over. A caption becomes an
-answer to an empty question, which the caption layout throws away anyhow. An image without any text is there to be
-annotated: nothing can be learned from it. A scan reads the headers alone where the tar lies on a disk, and a chunk is
-one range of bytes. A tar that is compressed cannot be read so. A link to another file is not followed, which may lie
-far from the chunk, nor are holes filled that were left out of a file (tar --sparse): such samples are quarantined.
+A file is taken for what its name ends in: 000017.image.jpg is an image, 000017.caption.txt a text. What a json calls an
+image that stands beside it is a name from before the tar, and is passed over; where none does, it is looked for below
+the source's image root. A caption becomes an answer to an empty question, which the caption layout throws away anyhow.
+An image without any text is there to be annotated: nothing can be learned from it. Files that nobody reads beside image
+and text are passed over; a sample that lacks either is quarantined where such a file may be it. A scan reads the
+headers alone where the tar lies on a disk, and a chunk is one range of bytes. A tar that is compressed cannot be read
+so. A link to another file is not followed, which may lie far from the chunk, nor are holes filled that were left out of
+a file (tar --sparse): such samples are quarantined.
 """
 
 from __future__ import annotations
@@ -55,23 +58,28 @@ def _record(sample: tar_samples.Sample) -> Record:
         raise row
     own_id = fields.own_id(row) or sample.name
     images = sample.images(own_id)
-    # What the row itself says of images are names that they had before they came into the tar.
-    row = {field: value for field, value in row.items() if field != "image"} | {"id": own_id, "images": images}
+    row |= {"id": own_id}
+    if images:  # What the row itself says of them are names that they had before they came into the tar.
+        row |= {"image": None, "images": images}
+    else:
+        sample.check_whole("image", own_id)
     if "messages" in row:
         if images:
             typed_content.without_names(row["messages"])
         return messages.record(row)
     if "conversations" in row:
         return sharegpt.record(row)
+    image = fields.one_image(fields.images(row, own_id), own_id)
     caption = _text(texts["txt"], own_id) if "txt" in texts else row.get("caption")
     if caption is None and images:
-        return fields.record(row, own_id, [], fields.one_image(images, own_id))
+        sample.check_whole("text", own_id)
+        return fields.record(row, own_id, [], image)
     if not isinstance(caption, str):
         detail = f"has {sample.suffixes()}, but neither a json with messages, conversations or caption nor a txt"
         raise RowError("row_malformed", detail, own_id)
     answer = fields.text(caption.strip(), "caption", own_id)
     turns = [Message(role="user", content=""), Message(role="assistant", content=answer)]
-    return fields.record(row, own_id, turns, fields.one_image(images, own_id))
+    return fields.record(row, own_id, turns, image)
 
 
 def _text(data: bytes, own_id: str) -> str:

@@ -24,7 +24,6 @@ from pipelines.records import RowError
 from pipelines.storage.states import ObjectFolder
 
 _ROWS_AT_ONCE = 20_000  # parsed and held by a task: tens of megabytes, unless they bring images (MOST_BYTES)
-_WITH_THEIR_IMAGES = ("webdataset",)  # formats whose rows name no image
 _LISTED_AT_ONCE = 10_000  # objects of a folder, which may have many that no row names
 _FOLDERS_AT_ONCE = 64
 _THREADS = 16  # an object store answers in tens of milliseconds
@@ -69,7 +68,6 @@ def stretches(sources: Sequence[SourceTerms], chunks: Sequence[Chunk]) -> list[C
         # What is taken a second time was taken a first time.
         if chunk.repeat == 0
         and (sources[chunk.source].image_root or sources[chunk.source].format not in MAY_HOLD_IMAGES)
-        and sources[chunk.source].format not in _WITH_THEIR_IMAGES
     )
     runs: list[Chunk] = []
     for chunk in naming:

@@ -108,15 +108,44 @@ def test_a_name_that_is_no_utf_8_is_spelled_so_that_it_can_be_stored(tmp_path: P
 def test_folders_long_names_and_odd_dots(tmp_path: Path) -> None:
     long = "x" * 200
     path = tmp_path / "0.tar"
-    write(path, {f"./{long}/a.b.jpg": b"1", f"./{long}/a.json": {"conversations": TURNS}, "./c/a.txt": b"t"})
+    write(path, {f"./{long}/a.b.jpg": b"1", f"./{long}/a.json": {"conversations": TURNS}, "./c.d/a.txt": b"t"})
     with tarfile.open(path, "a") as tar:
         folder = tarfile.TarInfo("./d")
         folder.type = tarfile.DIRTYPE
         tar.addfile(folder)
     first, second = read_rows("webdataset", path, 1)
     assert first.location.endswith(f":{long}/a (sample 0)")
-    assert error(first).reason == "image_marker_mismatch"  # a.b.jpg is the sample's "b.jpg", which is no image of ours
-    assert records([second])[0].messages[1]["content"] == "t"
+    assert records([first])[0].image == b"1"  # a.b.jpg is the sample's "b.jpg"
+    assert (second.location.endswith(":c.d/a (sample 1)"), records([second])[0].messages[1]["content"]) == (True, "t")
+
+
+@pytest.mark.parametrize("image", ["image.png", "input.JPG", "0.jpg", "a.b.webp"])
+def test_a_file_is_what_its_name_ends_in(tmp_path: Path, image: str) -> None:
+    turns = {"conversations": TURNS}
+    files: dict[str, bytes | dict[str, Any]] = {f"0.{image}": b"0", "0.turns.json": turns}
+    files |= {f"1.{image}": b"1", "1.caption.txt": b"a bar"}
+    files |= {f"2.{image}": b"2", "2.json": turns, "2.metadata.json": {"width": 3}, "2.mask.bin": b"?", "2.cls": b"3"}
+    first, second, third = records(read_rows("webdataset", write(tmp_path / "0.tar", files)))
+    assert [each.image for each in (first, second, third)] == [b"0", b"1", b"2"]
+    assert [each.messages[1]["content"] for each in (first, second, third)] == ["A", "a bar", "A"]
+
+
+@pytest.mark.parametrize(("field", "held"), [("image", "a/1.jpg"), ("images", ["a/1.jpg"])])
+def test_an_image_that_a_json_names_and_that_is_not_in_the_tar_is_looked_for_elsewhere(
+    tmp_path: Path, field: str, held: Any
+) -> None:
+    asked = {"messages": [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "A"}]}
+    rows = [{field: held} | text for text in ({"conversations": TURNS}, {"caption": "a bar"}, asked)]
+    files: dict[str, bytes | dict[str, Any]] = {f"{number}.json": row for number, row in enumerate(rows)}
+    found = records(read_rows("webdataset", write(tmp_path / "0.tar", files)))
+    assert [each.image for each in found] == ["a/1.jpg"] * 3
+
+
+def test_numbers_and_arrays_are_no_text_of_an_image_and_numbers_no_image_of_a_text(tmp_path: Path) -> None:
+    files = {"0.jpg": b"0", "0.cls": b"3", "0.clip.npy": b"array", "1.txt": b"t", "1.cls": b"3"}
+    first, second = records(read_rows("webdataset", write(tmp_path / "0.tar", files)))
+    assert (first.image, first.messages) == (b"0", [])
+    assert (second.image, second.messages[1]["content"]) == (None, "t")
 
 
 def test_files_that_belong_to_no_sample_are_passed_over(tmp_path: Path) -> None:
@@ -140,7 +169,16 @@ def test_files_that_belong_to_no_sample_are_passed_over(tmp_path: Path) -> None:
         ({"0.jpg": b"x", "0.png": b"x", "0.txt": b"t"}, "too_many_images", "2 images"),
         ({"0.json": {"conversations": TURNS}}, "image_marker_mismatch", "1 <image> for 0 image(s)"),
         ({"0.jpg": b"x", "0.json": {"caption": "a"}, "0.JSON": b"{}"}, "row_malformed", "has two files json"),
+        ({"0.jpg": b"x", "0.txt": b"t", "0.b.txt": b"u"}, "row_malformed", "has two files txt (txt, b.txt)"),
+        ({"0.0.jpg": b"x", "0.1.jpg": b"x", "0.txt": b"t"}, "too_many_images", "2 images"),
+        ({"0.json": {"caption": "a", "images": ["a.jpg", "b.jpg"]}}, "too_many_images", "2 images"),
+        ({"0.txt": b"t", "0.raw": b"x"}, "row_malformed", "has no image, which would end in jpg, png, webp and the"),
+        ({"0.txt": b"t", "0.jpg.gz": b"x"}, "row_malformed", "and the like, but jpg.gz, which is not read"),
+        ({"0.txt": b"t", "0.npy": b"x"}, "row_malformed", "but npy, which is not read"),
+        ({"0.json": {"conversations": TURNS}, "0.pyd": b"x"}, "row_malformed", "but pyd, which is not read"),
+        ({"0.jpg": b"x", "0.text": b"t"}, "row_malformed", "has no text, which would end in json or txt, but text,"),
         ({"0.mp4": b"x", "0.txt": b"t"}, "media_not_supported", "has mp4 and no image"),
+        ({"0.video.mp4": b"x", "0.txt": b"t"}, "media_not_supported", "has video.mp4 and no image"),
         ({"0.jpg": b"x", "0.json": {"conversations": TURNS, "audio": "a"}}, "media_not_supported", "has 'audio'"),
     ],
 )

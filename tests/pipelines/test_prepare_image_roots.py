@@ -61,3 +61,23 @@ def test_a_row_that_names_its_image_where_others_bring_theirs_is_quarantined(tmp
     [bad] = pq.read_table(Path(settings.output) / "quarantine.parquet").to_pylist()
     assert bad["key"] == "a:2"
     assert bad["detail"] == "names 'images/0.jpg', has no bytes, and the source has no image_root"
+
+
+def test_a_json_in_a_tar_may_name_an_image_that_lies_elsewhere(tmp_path: Path) -> None:
+    """It is quarantined without an image root, and pinned below one, as in any other format."""
+    write_corpus(tmp_path, 1)  # images/0.jpg
+    write_processor(tmp_path)
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        for n, data in enumerate(json.dumps(each).encode() for each in (row(0), row(3), row(7))):
+            member = tarfile.TarInfo(f"{n}.json")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    source = {"path": str(path), "format": "webdataset"}
+    settings = prepare_settings(tmp_path, sources=[source], max_quarantined_share=0.4)
+    manifest = prepare_here(settings)
+    assert (manifest.written, manifest.quarantine_reasons) == (2, {"image_missing": 1})
+    rooted = prepare_settings(tmp_path, sources=[source | {"image_root": str(tmp_path)}], output=str(tmp_path / "b"))
+    assert prepare_here(rooted).written == 3
+    plan = load_plan(rooted.output)
+    assert plan and plan.pins and plan.pins.images == 1
