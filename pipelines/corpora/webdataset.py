@@ -20,9 +20,9 @@ import io
 from collections.abc import Iterator
 
 from pipelines import storage
-from pipelines.corpora import fields, json_rows, messages, sharegpt, tar_samples, tars, typed_content
+from pipelines.corpora import captions, fields, json_rows, messages, sharegpt, tar_samples, tars, typed_content
 from pipelines.corpora.spans import Extent, Span
-from pipelines.records import Message, Record, Row, RowError
+from pipelines.records import Record, Row, RowError
 
 
 def scan(path: str) -> Iterator[Extent]:
@@ -77,9 +77,7 @@ def _record(sample: tar_samples.Sample) -> Record:
     if not isinstance(caption, str):
         detail = f"has {sample.suffixes()}, but neither a json with messages, conversations or caption nor a txt"
         raise RowError("row_malformed", detail, own_id)
-    answer = fields.text(caption.strip(), "caption", own_id)
-    turns = [Message(role="user", content=""), Message(role="assistant", content=answer)]
-    return fields.record(row, own_id, turns, image)
+    return fields.record(row, own_id, captions.turns(caption, own_id), image)
 
 
 def _text(data: bytes, own_id: str) -> str:

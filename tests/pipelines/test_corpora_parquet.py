@@ -71,6 +71,55 @@ def test_chat_messages_with_typed_content(tmp_path: Path) -> None:
     assert (record.image, record.messages[1]["content"]) == (b"x", "A")
 
 
+@pytest.mark.parametrize(
+    ("field", "turns"),
+    [
+        ("conversations", {"from": ["human", "gpt"], "value": ["<image>Q", "A"], "weight": None}),
+        ("conversations", {"role": ["user", "assistant"], "content": ["<image>Q", "A"]}),
+        ("conversations", [{"role": "user", "content": "<image>Q"}, {"role": "assistant", "content": "A"}]),
+        (
+            "conversations",
+            [{"role": "user", "content": "<image>Q", "from": None}, {"role": "assistant", "content": "A"}],
+        ),
+        ("messages", {"role": ["user", "assistant"], "content": ["<image>Q", "A"]}),
+        ("texts", {"user": ["<image>Q"], "assistant": ["A"]}),
+    ],
+)
+def test_other_ways_to_hold_turns(tmp_path: Path, field: str, turns: Any) -> None:
+    [record] = records(read_rows("parquet", write(tmp_path, [{"image": b"x", field: turns}])))
+    assert [(each["role"], each["content"]) for each in record.messages] == [("user", "Q"), ("assistant", "A")]
+    assert record.image == b"x"
+
+
+def test_typed_content_in_conversations(tmp_path: Path) -> None:
+    part = pa.struct([("type", pa.string()), ("text", pa.string()), ("image", IMAGE)])
+    turn = pa.struct([("role", pa.string()), ("content", pa.list_(part))])
+    question = [{"type": "image", "image": {"bytes": b"x", "path": None}}, {"type": "text", "text": "Q"}]
+    turns = [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": [{"type": "text", "text": "A"}]},
+    ]
+    path = write(tmp_path, [{"conversations": turns}], schema=pa.schema([("conversations", pa.list_(turn))]))
+    [record] = records(read_rows("parquet", path))
+    assert (record.image, [each["content"] for each in record.messages]) == (b"x", ["Q", "A"])
+
+
+@pytest.mark.parametrize(
+    ("turns", "detail"),
+    [
+        ({"from": ["human"], "value": ["Q", "A"]}, "a struct of from, value, which are not lists of one length"),
+        ({"from": "human", "value": "Q"}, "a struct of from, value, which are not lists of one length"),
+        ({"from": None, "value": ["Q"]}, "turn 0 has no 'from'; it has: 'value'"),
+        ({"from": None, "value": None}, "'conversations' is a list of turns, this is an empty list"),
+        ([{"from": "human", "role": None, "value": "Q"}, {"from": None, "role": "user", "value": "A"}], "no 'from'"),
+        ([{"role": "robot", "content": "Q"}], "turn 0 is from 'robot'; known: user"),
+    ],
+)
+def test_turns_that_are_none(tmp_path: Path, turns: Any, detail: str) -> None:
+    [bad] = read_rows("parquet", write(tmp_path, [{"id": "r", "conversations": turns}]))
+    assert (error(bad).reason, error(bad).id, detail in error(bad).detail) == ("row_malformed", "r", True)
+
+
 def test_an_image_within_typed_content(tmp_path: Path) -> None:
     part = pa.struct([("type", pa.string()), ("text", pa.string()), ("image", IMAGE)])
     schema = pa.schema([("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.list_(part))])))])
@@ -85,6 +134,102 @@ def test_an_image_within_typed_content(tmp_path: Path) -> None:
     *good, bad = read_rows("parquet", write(tmp_path, rows, schema=schema))
     assert [each.image for each in records(good)] == [b"x", "a.jpg", b""]
     assert error(bad).reason == "image_missing"
+
+
+@pytest.mark.parametrize("images", [[{"bytes": b"x", "path": None}], [], None])
+def test_pairs_of_the_cauldron_are_turns(tmp_path: Path, images: Any) -> None:
+    schema = pa.schema(
+        [
+            ("images", pa.list_(IMAGE)),
+            ("texts", pa.list_(pa.struct([(name, pa.string()) for name in ("user", "assistant", "source")]))),
+        ]
+    )
+    pairs = [{"user": f"Q{n}", "assistant": f"A{n}", "source": "vqa"} for n in range(2)]
+    [record] = records(read_rows("parquet", write(tmp_path, [{"images": images, "texts": pairs}], schema=schema)))
+    assert [each["content"] for each in record.messages] == ["Q0", "A0", "Q1", "A1"]
+    assert [each["role"] for each in record.messages] == ["user", "assistant"] * 2
+    assert record.image == (b"x" if images else None)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason", "detail"),
+    [
+        ({"texts": None}, "row_malformed", "'texts' is a list of pairs, this is missing or null"),
+        ({"texts": []}, "row_malformed", "'texts' is a list of pairs, this is an empty list"),
+        ({"texts": [None]}, "row_malformed", "pair 0 is an object, this is missing or null"),
+        (
+            {"texts": [{"user": "Q", "assistant": None}]},
+            "row_malformed",
+            "pair 0: 'assistant' is text, this is missing",
+        ),
+        ({"texts": [{"user": "Q\0", "assistant": "A"}]}, "row_malformed", "'pair 0' contains a NUL"),
+        ({"texts": [{"user": "<image><image>", "assistant": "A"}]}, "image_marker_mismatch", "2 <image> for 1 image"),
+        ({"images": [b"x", b"y"]}, "too_many_images", "2 images"),
+    ],
+)
+def test_pairs_that_are_refused(tmp_path: Path, change: dict[str, Any], reason: str, detail: str) -> None:
+    good = {"id": "r", "images": [b"x"], "texts": [{"user": "<image>Q", "assistant": "<image>"}]}
+    first, bad = read_rows("parquet", write(tmp_path, [good, good | change]))
+    assert [each["content"] for each in records([first])[0].messages] == ["Q", "<image>"]
+    assert (error(bad).reason, error(bad).id, detail in error(bad).detail) == (reason, "r", True)
+
+
+@pytest.mark.parametrize("field", ["caption", "text"])
+def test_a_caption_is_an_answer_to_an_empty_question(tmp_path: Path, field: str) -> None:
+    image = {"bytes": b"x", "path": None}
+    rows = [{"image": image, field: " a bar\n"}, {"image": image, field: None}, {"image": None, field: "a bar"}]
+    first, second, bad = read_rows("parquet", write(tmp_path, rows))
+    told, untold = records([first, second])
+    assert [(each["role"], each["content"]) for each in told.messages] == [("user", ""), ("assistant", "a bar")]
+    assert (told.image, untold.image, untold.messages) == (b"x", b"x", [])
+    assert error(bad).reason == "image_missing"
+    [bad] = read_rows("parquet", write(tmp_path, [{"image": image, field: ["one", "two"]}]))
+    assert error(bad).detail == f"'{field}' is text, this is a list"
+
+
+def test_a_conversation_goes_before_a_caption_beside_it(tmp_path: Path) -> None:
+    [record] = records(read_rows("parquet", write(tmp_path, [{"image": b"x", "conversations": TURNS, "text": "ocr"}])))
+    assert [each["content"] for each in record.messages] == ["Q", "A"]
+
+
+@pytest.mark.parametrize("other", [{"id": "r", "url": "u", "license": "l", "label": "cat", "split": "train"}, {}])
+def test_images_alone_are_there_to_be_annotated(tmp_path: Path, other: dict[str, Any]) -> None:
+    rows = [{"image": {"bytes": b"x", "path": None}, "objects": [{"box": [1.0], "label": "cat"}], **other}]
+    [record] = records(read_rows("parquet", write(tmp_path, rows)))
+    assert (record.image, record.messages) == (b"x", [])
+
+
+@pytest.mark.parametrize(
+    "unread",
+    [
+        {"prompt": "Q", "completion": "A"},
+        {"answer": "A"},
+        {"Question": "Q", "Answer": "A"},
+        {"dialogue": [{"speaker": "a", "words": "Q"}]},
+        {"pairs": [{"question": "Q", "answers": ["A", "B"]}]},
+    ],
+)
+def test_what_tells_of_an_image_and_is_not_read_is_named(tmp_path: Path, unread: dict[str, Any]) -> None:
+    for other in ({}, {"text": "ocr"}):
+        path = write(tmp_path, [{"image": {"bytes": b"x", "path": None}, **unread, **other}])
+        with pytest.raises(FileFormatError, match=f"{path}: has an image, and {', '.join(unread)}, which would not be"):
+            read_rows("parquet", path)
+
+
+@pytest.mark.parametrize("held", [IMAGE, pa.list_(IMAGE), pa.struct([("crop", IMAGE)])])
+def test_images_in_columns_that_are_not_read_are_named(tmp_path: Path, held: pa.DataType) -> None:
+    fields = [("question", pa.string()), ("image", pa.string()), ("decoded_image", held), ("image_2", held)]
+    path = write(tmp_path, [{"question": "Q", "image": "a.jpg"}], schema=pa.schema(fields))
+    message = f"{path}: holds images in decoded_image, image_2, and none but those in image or images are read: rename"
+    with pytest.raises(FileFormatError, match=message):
+        read_rows("parquet", path)
+
+
+@pytest.mark.parametrize("columns", [("conversations", "messages"), ("messages", "texts"), ("caption", "text")])
+def test_two_columns_of_which_one_would_be_lost(tmp_path: Path, columns: tuple[str, str]) -> None:
+    path = write(tmp_path, [{"image": b"x"} | dict.fromkeys(columns, "x")])
+    with pytest.raises(FileFormatError, match=f"has {columns[0]} and {columns[1]}, of which one would be lost"):
+        read_rows("parquet", path)
 
 
 def test_a_row_about_a_sound_is_no_row_of_text(tmp_path: Path) -> None:
