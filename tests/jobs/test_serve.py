@@ -298,11 +298,8 @@ def test_a_deadline_must_come_before_the_end_of_the_request(capsys: pytest.Captu
     [("foo://bar", "error: foo://bar: nothing that is installed knows foo://"), ("s3://bucket/x", "127.0.0.1:")],
 )
 def test_a_store_that_cannot_be_asked_is_an_error(
-    checkpoint: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    checkpoint: str, said: str, no_s3: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "none")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "none")
     assert main(["--checkpoint", checkpoint]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
