@@ -21,9 +21,9 @@ class ImageError(ValueError):
     """An image that cannot be used.
 
     Attributes:
-        reason: one of image_empty, image_format_not_allowed, image_too_large, image_bad_size, image_truncated,
-            image_undecodable, and for documents that only bear an image's name image_is_html, image_is_xml,
-            image_is_svg, image_is_pdf, image_is_eps, image_is_lfs_pointer; stable, meant for counting.
+        reason: one of image_empty, image_format_not_allowed, image_too_large, image_bad_size, image_too_complex,
+            image_truncated, image_undecodable, and for documents that only bear an image's name image_is_html,
+            image_is_xml, image_is_svg, image_is_pdf, image_is_eps, image_is_lfs_pointer; stable, meant for counting.
         detail: what was found, for a person.
     """
 

@@ -1,7 +1,8 @@
 """Images: bytes -> RGB picture -> tiles -> pixels, one code path for preparing, training and serving.
 
-`decode_image` takes bytes from strangers: formats are allow-listed, the header's size is checked before anything is
-decoded, and whatever is wrong becomes an `ImageError` with a reason. `FlashSlothImageProcessor` resizes and cuts tiles:
+`decode_image` takes bytes from strangers: formats are allow-listed, the header's size and how the file is put together
+are checked before anything is decoded, and whatever is wrong becomes an `ImageError` with a reason.
+`FlashSlothImageProcessor` resizes and cuts tiles:
 
     base  1 tile   the whole image squashed to size x size
     hd    5 tiles  the same, then the image padded to a square with grey, resized to 2 size x 2 size and cut in four
@@ -14,7 +15,8 @@ import io
 import string
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from . import image_faults
 from .configuration_flashsloth import TILES
 from .image_modes import GREY, ImageError, to_rgb
+from .image_structure import check_structure, has_few_tags
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 WITH_GIF = (*IMAGE_FORMATS, "GIF")  # whoever takes GIFs takes their first frame
@@ -36,8 +39,9 @@ MAX_SIDE = 12_000  # pixels; the HD square pads the short side up to the long on
 MAX_ASPECT = 200  # long side : short side
 _SPACE = string.whitespace.encode()
 
-# Pillow's own bomb warning is silenced while a header is read (our limit is lower and raises). `catch_warnings` swaps
-# process-wide state, so threads that decode at the same time take turns; reading a header takes microseconds.
+# Pillow's warnings are silenced while a header is read: of bombs (our limit is lower and raises), and one for each odd
+# tag. `catch_warnings` swaps process-wide state, so threads that decode at the same time take turns; reading a header
+# takes microseconds, of one with as much in it as `check_structure` lets pass milliseconds.
 _HEADER_LOCK = threading.Lock()
 
 
@@ -77,6 +81,7 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, formats: Sequence[st
     """
     if not data:
         raise ImageError("image_empty", "0 bytes")
+    check_structure(data)
     image = _open_header(data, formats)
     _check_size(*image.size, max_pixels)
     try:
@@ -189,16 +194,37 @@ def _upright(image: Image.Image, orientation: Any) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> Any:
+    if not has_few_tags(_exif(image)):  # a block that cannot be read in reasonable time, like one that cannot at all
+        return None
     try:
-        return image.getexif().get(ExifTags.Base.Orientation)
+        with _reading_header():
+            return image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # of a block that cannot be read, by its format anything; Pillow's JPEG takes it for none as well
         return None
 
 
+def _exif(image: Image.Image) -> bytes:
+    """The EXIF block from which Pillow reads the orientation; a TIFF's is the file itself."""
+    block = image.info.get("exif")
+    text = image.info.get("Raw profile type exif")  # as ImageMagick writes it into a PNG
+    if block is None and isinstance(text, str):
+        try:
+            block = bytes.fromhex("".join(text.split("\n")[3:]))
+        except ValueError:
+            return b""
+    return block.removeprefix(b"Exif\0\0") if isinstance(block, bytes) else b""
+
+
+@contextmanager
+def _reading_header() -> Iterator[None]:
+    with _HEADER_LOCK, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def _open_header(data: bytes, formats: Sequence[str]) -> Image.Image:
     try:
-        with _HEADER_LOCK, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _reading_header():
             return Image.open(io.BytesIO(data), formats=tuple(formats))
     except Image.DecompressionBombError as error:
         raise ImageError("image_too_large", str(error)) from error
