@@ -64,7 +64,9 @@ def build_http(service: Service) -> FastAPI:
         async with visit.closed_on_error():
             if STAYS in request.headers:
                 raise ApiError(422, f"the header {STAYS} is not supported", "invalid_request")
-            question = await service.read(await _read_body(request, visit, service.limits))
+            body = await _read_body(request, visit, service.limits)
+            # In time, too: a reader may be busy with somebody else's picture, and what waits for it holds its body.
+            question = await visit.wait(service.read(body, visit.hold))
             request_id = _id_of(request)
             num_prompt_tokens = len(question.prompt.input_ids)
             completion = Completion(
@@ -194,7 +196,7 @@ async def _read_body(request: Request, visit: Visit, limits: Limits) -> bytes:
         raise too_large
     body = bytearray()
     try:
-        async with asyncio.timeout(limits.deadline_s):
+        async with asyncio.timeout_at(visit.expires_at):
             async for chunk in request.stream():
                 if len(body) + len(chunk) > limit:
                     raise too_large

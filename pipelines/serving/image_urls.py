@@ -20,6 +20,9 @@ from yarl import URL
 
 from pipelines.serving.errors import ApiError, shown
 
+Hold = Callable[[int], None]
+"""Is told how many bytes have come, before they are kept; may raise."""
+
 TIMEOUT_S = 10
 _PORTS = {"http": 80, "https": 443}
 _TRANSLATED = ipaddress.ip_network("64:ff9b::/96")  # NAT64: an IPv4 address in IPv6's clothes
@@ -57,16 +60,17 @@ class ImageFetcher:
         self.max_bytes = max_bytes
         self._is_allowed = is_allowed
 
-    async def fetch(self, address: str) -> bytes:
-        """The bytes of an image.
+    async def fetch(self, address: str, hold: Hold = lambda num_bytes: None) -> bytes:
+        """The bytes of an image, of which `hold` is told as they come.
 
         Raises:
             ApiError: 422, the address is not allowed or gives no image of at most `max_bytes`.
+            Exception: what `hold` raises.
         """
         url = self._check(address)
         try:
             async with asyncio.timeout(TIMEOUT_S):
-                return await self._get(url)
+                return await self._get(url, hold)
         except _NotAllowed as error:
             raise _refused(str(error)) from error
         except TimeoutError as error:
@@ -96,7 +100,7 @@ class ImageFetcher:
             raise _refused(f"images of {host}:{port} are not fetched here")
         return url
 
-    async def _get(self, url: URL) -> bytes:
+    async def _get(self, url: URL, hold: Hold) -> bytes:
         connector = aiohttp.TCPConnector(resolver=_CheckedResolver(self._is_allowed), use_dns_cache=False)
         # Nothing is unpacked: a few bytes could become gigabytes. No proxy of the environment resolves in our place.
         session = aiohttp.ClientSession(connector=connector, auto_decompress=False, trust_env=False)
@@ -110,6 +114,7 @@ class ImageFetcher:
                 raise _failed(f"{url.host} sent the image compressed once more, which was not asked for")
             data = bytearray()
             async for piece in response.content.iter_chunked(64 * 1024):
+                hold(len(piece))
                 data += piece
                 if len(data) > self.max_bytes:
                     raise _failed(f"the image at {url.host} is larger than {self.max_bytes} bytes")

@@ -16,7 +16,7 @@ from pipelines.serving.authentication import Clients, RateLimit
 from pipelines.serving.engine import Encoder, Prompt
 from pipelines.serving.engines import Engines
 from pipelines.serving.errors import ApiError
-from pipelines.serving.image_urls import ImageFetcher
+from pipelines.serving.image_urls import Hold, ImageFetcher
 from pipelines.serving.metrics import IngressMetrics
 from pipelines.serving.protocol import ChatRequest, parse_request, read_messages, read_sampling
 from pipelines.serving.replies import Reply
@@ -103,14 +103,19 @@ class Service:
             raise ApiError(429, f"{self._num_open} requests are open; try again", "overloaded")
         return Visit(self)
 
-    async def read(self, body: bytes) -> Question:
-        """Check a request and encode it; raises `ApiError` for whatever is wrong with it."""
+    async def read(self, body: bytes, hold: Hold = lambda num_bytes: None) -> Question:
+        """Check a request and encode it; raises `ApiError` for whatever is wrong with it.
+
+        Args:
+            body: the request's.
+            hold: is told of the bytes of images that are fetched for it, as they come, and may raise.
+        """
         limits = self.limits
         # In a thread: parsing and decoding megabytes takes a while, and others want to be heard meanwhile.
         loop = asyncio.get_running_loop()
         request, prompt = await loop.run_in_executor(self._readers, self._read, body, limits)
         if prompt is None:
-            fetched = {url: await self._images.fetch(url) for url in request.image_addresses}
+            fetched = {url: await self._images.fetch(url, hold) for url in request.image_addresses}
             prompt = await loop.run_in_executor(self._readers, self._encode, request, limits, fetched)
         options = request.stream_options
         return Question(prompt, bool(request.stream), options is not None and bool(options.include_usage))
@@ -139,11 +144,16 @@ class Service:
 
 
 class Visit:
-    """One request, from the door until its last byte, counted."""
+    """One request, from the door until its last byte, counted.
+
+    Attributes:
+        expires_at: by the loop's clock, when it must have come and been read; once `sent`, have been answered.
+    """
 
     def __init__(self, service: Service) -> None:
         self._service = service
         self._started_at = time.monotonic()
+        self.expires_at = self._in_time()
         self._num_body_bytes = 0
         self._is_open = True
         service._num_open += 1
@@ -165,18 +175,22 @@ class Visit:
             raise
 
     def hold(self, num_bytes: int) -> None:
-        """So much more of the body has come; raises `ApiError` (429) where it has no room beside the others."""
+        """So much more has come, of the body or of an image that it names.
+
+        Raises:
+            ApiError: 429, it has no room beside what others hold.
+        """
         held = self._service._num_body_bytes
         if held + num_bytes > self._service.limits.max_open_body_bytes:
             raise ApiError(429, f"{held} bytes of requests are being read; try again", "overloaded")
         self._service._num_body_bytes += num_bytes
         self._num_body_bytes += num_bytes
 
-    async def wait(self, answer: Awaitable[T]) -> T:
-        """The answer; raises `ApiError` (503) where it does not come in time."""
+    async def wait(self, work: Awaitable[T]) -> T:
+        """What comes of `work`, the prompt or a part of the answer; raises `ApiError` (503) where it takes too long."""
         try:
-            async with asyncio.timeout_at(self._expires_at):
-                return await answer
+            async with asyncio.timeout_at(self.expires_at):
+                return await work
         except TimeoutError as error:
             raise ApiError(503, "no answer came in time; try again later", "deadline") from error
 
@@ -192,7 +206,7 @@ class Visit:
         self._let_go()
         self._sent_at = time.monotonic()
         # When to give up is known to the engine; this is for one that is lost without a word.
-        self._expires_at = asyncio.get_running_loop().time() + self._service.limits.deadline_s + GRACE_S
+        self.expires_at = self._in_time() + GRACE_S
 
     def close(self, status: int) -> None:
         """The request has ended."""
@@ -201,6 +215,9 @@ class Visit:
             self._is_open = False
             self._service._num_open -= 1
             self._service.metrics.closed(status, time.monotonic() - self._started_at)
+
+    def _in_time(self) -> float:
+        return asyncio.get_running_loop().time() + self._service.limits.deadline_s
 
     def _let_go(self) -> None:
         self._service._num_body_bytes -= self._num_body_bytes

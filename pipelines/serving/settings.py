@@ -33,7 +33,8 @@ class Limits(Section):
     """Largest request body; a larger one is answered with 413. No fetched image may be larger either."""
 
     max_open_body_bytes: int = Field(default=2**30, gt=0)
-    """Bytes of bodies that one ingress holds at once, until they are read; what comes beyond is answered with 429."""
+    """Bytes of bodies, and of images fetched for them, that one ingress holds at once, until they are read; what comes
+    beyond is answered with 429."""
 
     max_image_pixels: int = Field(default=50_000_000, gt=0)
     """Largest image by width x height, read from its header before it is decoded."""
@@ -48,8 +49,9 @@ class Limits(Section):
     """Length of an answer where the request does not say; at most `max_tokens`, and what is left of a slot."""
 
     deadline_s: float = Field(default=100, gt=0)
-    """Seconds from a request's arrival at an engine after which its answer ends where it is. Its body may take as long
-    before that. Keep both together below the `request_timeout_s` of HTTP, which ends a request without a word."""
+    """Seconds from a request's arrival at an engine after which its answer ends where it is. To come and to be read, it
+    may take as long before that. Keep both together below the `request_timeout_s` of HTTP, which ends a request without
+    a word."""
 
     max_open_requests: int = Field(default=256, gt=0)
     """Requests that one ingress works on at once; one more is answered with 429 before its body is read."""

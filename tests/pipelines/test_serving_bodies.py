@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 from typing import Any
 
@@ -12,10 +13,12 @@ from pydantic import ValidationError
 
 from pipelines.serving.errors import ApiError
 from pipelines.serving.http import build_http
+from pipelines.serving.image_urls import Hold
 from pipelines.serving.replies import Reply
-from pipelines.serving.service import Service
+from pipelines.serving.service import READERS, Service
 from pipelines.serving.settings import Limits, Policy
-from tests.serving_http import LIMITS, Backend, body
+from tests.serving import png
+from tests.serving_http import LIMITS, Backend, body, user, with_image
 
 SCOPE = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "query_string": b"", "headers": []}
 BODY = json.dumps(body(max_tokens=2)).encode()
@@ -88,9 +91,9 @@ def test_a_body_is_held_until_its_prompt_goes_to_an_engine(
     held: list[int] = []
     read = service.read
 
-    async def reading(content: bytes) -> Any:
+    async def reading(content: bytes, hold: Hold) -> Any:
         held.append(service._num_body_bytes)
-        return await read(content)
+        return await read(content, hold)
 
     async def answer(prompt: Any) -> Reply:
         held.append(service._num_body_bytes)
@@ -161,3 +164,54 @@ def test_all_bodies_together_may_be_as_large_as_one() -> None:
     assert Limits(max_body_bytes=1000, max_open_body_bytes=1000).max_open_body_bytes == 1000
     with pytest.raises(ValidationError, match="max_open_body_bytes is 999, less than max_body_bytes, 1000"):
         Limits(max_body_bytes=1000, max_open_body_bytes=999)
+
+
+def test_what_waits_too_long_for_a_reader_is_told_to_come_back_and_not_read_any_more(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_read = threading.Event()
+    read: list[bytes] = []
+    monkeypatch.setattr(service, "_read", lambda content, limits: read.append(content))
+
+    async def check() -> None:
+        adopt(service, deadline_s=0.2)
+        for _ in range(READERS):  # busy with pictures of others
+            service._readers.submit(may_read.wait, 60)
+        client = Client()
+        client.may_end.set()
+        await client.ask(service)
+        assert (client.status, client.error["code"]) == (503, "deadline")
+        assert (service._num_body_bytes, service._num_open) == (0, 0)
+
+    try:
+        asyncio.run(check())
+    finally:
+        may_read.set()
+    service._readers.submit(lambda: None).result(timeout=60)
+    assert not read
+
+
+@pytest.mark.parametrize(("room", "status"), [(4000, 200), (2000, 429)])
+def test_images_that_are_fetched_are_held_like_bodies(
+    service: Service, monkeypatch: pytest.MonkeyPatch, room: int, status: int
+) -> None:
+    picture, held = png(0), list[int]()
+
+    async def fetch(address: str, hold: Hold) -> bytes:
+        hold(3000)
+        held.append(service._num_body_bytes)
+        return picture
+
+    content = json.dumps(body(messages=[user(with_image("http://pictures.example/a.png"))], max_tokens=1)).encode()
+
+    async def check() -> None:
+        adopt(service, max_body_bytes=1000, max_open_body_bytes=room)
+        monkeypatch.setattr(service._images, "fetch", fetch)
+        client = Client(content)
+        client.may_end.set()
+        await client.ask(service)
+        assert client.status == status
+        assert service._num_body_bytes == 0
+
+    asyncio.run(check())
+    assert held == ([len(content) + 3000] if status == 200 else [])
