@@ -8,7 +8,7 @@ import torch
 from transformers import AutoTokenizer
 
 from flashsloth import FlashSlothConfig, FlashSlothForConditionalGeneration, FlashSlothProcessor
-from pipelines.serving.checkpoint_files import CheckpointError, check_folder, check_hashes, fetch
+from pipelines.serving.checkpoint_files import CheckpointError, check_folder, check_hashes, local_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -21,19 +21,21 @@ def load_model(checkpoint: str | Path, device: str = "auto", dtype: str = "auto"
             fill the model exactly.
     """
     check_folder(checkpoint)
-    check_hashes(checkpoint)
-    config, folder = _load_config(checkpoint), fetch(checkpoint)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":
         dtype = "bfloat16" if device == "cuda" else "float32"
     options = {"dtype": DTYPES[dtype], "use_safetensors": True, "local_files_only": True}
-    try:
-        model, loading = FlashSlothForConditionalGeneration.from_pretrained(
-            folder, config=config, output_loading_info=True, **options
-        )
-    except Exception as error:  # whatever a file raises that is not what its name says
-        raise CheckpointError(f"{checkpoint}: no model can be loaded from its weights ({_in_a_line(error)})") from error
+    with local_folder(checkpoint) as folder:
+        check_hashes(checkpoint, folder)
+        config = _load_config(checkpoint, folder)
+        try:
+            model, loading = FlashSlothForConditionalGeneration.from_pretrained(
+                folder, config=config, output_loading_info=True, **options
+            )
+        except Exception as error:  # whatever a file raises that is not what its name says
+            reason = f"no model can be loaded from its weights ({_in_a_line(error)})"
+            raise CheckpointError(f"{checkpoint}: {reason}") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         keys = sorted(str(key) for key in loading.get(problem) or ())
         if keys:
@@ -48,12 +50,13 @@ def load_processor(checkpoint: str | Path) -> FlashSlothProcessor:
         CheckpointError: its files are missing or cannot be read, or it speaks of other tokens than the model.
     """
     check_folder(checkpoint)
-    config, folder = _load_config(checkpoint), fetch(checkpoint)
-    try:
-        processor = FlashSlothProcessor.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # as above
-        reason = f"no processor can be loaded from its {_unreadable(folder)} ({_in_a_line(error)})"
-        raise CheckpointError(f"{checkpoint}: {reason}") from error
+    with local_folder(checkpoint, with_weights=False) as folder:
+        config = _load_config(checkpoint, folder)
+        try:
+            processor = FlashSlothProcessor.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # as above
+            reason = f"no processor can be loaded from its {_unreadable(folder)} ({_in_a_line(error)})"
+            raise CheckpointError(f"{checkpoint}: {reason}") from error
     pairs = {
         "num_image_tokens": (processor.num_image_tokens, config.num_image_tokens),
         "num_query_tokens": (processor.num_query_tokens, config.num_query_tokens),
@@ -67,8 +70,7 @@ def load_processor(checkpoint: str | Path) -> FlashSlothProcessor:
     return processor
 
 
-def _load_config(checkpoint: str | Path) -> FlashSlothConfig:
-    folder = fetch(checkpoint)
+def _load_config(checkpoint: str | Path, folder: Path) -> FlashSlothConfig:
     try:
         return FlashSlothConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # as above

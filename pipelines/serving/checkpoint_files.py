@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from pipelines.storage import filesystem, is_local, sha256
+from pipelines.storage import download, filesystem, is_local, join, list_sizes, sha256
 
 EXPORT_LIST = "export.json"
 """Written last into an export, with the sha256 of each file. Folders from elsewhere have none."""
+WEIGHTS = ".safetensors"
 
 
 class CheckpointError(ValueError):
     """A folder that cannot be served; the message names it and says why."""
 
 
-def fetch(checkpoint: str | Path) -> Path:
-    """The checkpoint as a local folder. One on an object store is downloaded into a temporary folder.
+@contextmanager
+def local_folder(checkpoint: str | Path, with_weights: bool = True) -> Iterator[Path]:
+    """The checkpoint as a local folder; of one on an object store a copy, which is removed at the end of the block.
+
+    Args:
+        checkpoint: a folder or URI.
+        with_weights: False: a copy is made without its weights, which are nearly all of it.
 
     Raises:
         CheckpointError: there is no such folder.
@@ -28,15 +35,14 @@ def fetch(checkpoint: str | Path) -> Path:
     store, path = filesystem(uri)
     if not store.isdir(path):
         raise CheckpointError(f"{uri}: no such folder; name the folder that training exported")
-    return Path(path) if is_local(uri) else _download(uri)
-
-
-@functools.cache  # model and processor of one engine come from one download
-def _download(uri: str) -> Path:
-    store, path = filesystem(uri)
-    folder = tempfile.mkdtemp(prefix="flashsloth-checkpoint-")
-    store.get(path.rstrip("/") + "/", folder, recursive=True)
-    return Path(folder)
+    if is_local(uri):
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory(prefix="flashsloth-checkpoint-") as copy:
+        for name in list_sizes(uri):
+            if with_weights or not name.endswith(WEIGHTS):
+                download(join(uri, name), Path(copy) / name)
+        yield Path(copy)
 
 
 def check_folder(checkpoint: str | Path) -> None:
@@ -62,7 +68,7 @@ def check_folder(checkpoint: str | Path) -> None:
     if found != "flashsloth":
         hint = "; convert a released one first: python jobs/convert.py" if found == "phi" else ""
         raise CheckpointError(f"{checkpoint}: its config.json says model_type {found!r}, not 'flashsloth'{hint}")
-    if not any(name.endswith(".safetensors") for name in names):
+    if not any(name.endswith(WEIGHTS) for name in names):
         raise CheckpointError(
             f"{checkpoint}: no .safetensors file; weights in other formats can run code when read, and are not served"
         )
@@ -85,17 +91,17 @@ def exported_files(checkpoint: str | Path) -> dict[str, str] | None:
         raise CheckpointError(f"{checkpoint}/{EXPORT_LIST}: this is no list of exported files ({error})") from error
 
 
-def check_hashes(checkpoint: str | Path) -> None:
+def check_hashes(checkpoint: str | Path, folder: Path) -> None:
     """Compare every file of an export with the sha256 that was noted when it was written.
+
+    Args:
+        checkpoint: as it is named.
+        folder: where its files lie on this machine.
 
     Raises:
         CheckpointError: a file is missing or is not the one that was exported, or the list of them cannot be read.
     """
-    folder = fetch(checkpoint)
-    listed = exported_files(checkpoint)
-    if listed is None:
-        return
-    for name, expected in listed.items():
+    for name, expected in (exported_files(checkpoint) or {}).items():
         if not (folder / name).is_file():
             raise CheckpointError(f"{checkpoint}: {name} is missing, which was exported")
         found = _sha256(folder / name)
@@ -117,7 +123,8 @@ def checkpoint_identity(checkpoint: str | Path) -> str:
     check_folder(checkpoint)
     files = exported_files(checkpoint)
     if files is None:
-        files = {path.name: _sha256(path) for path in fetch(checkpoint).iterdir() if path.is_file()}
+        with local_folder(checkpoint) as folder:
+            files = {path.name: _sha256(path) for path in folder.iterdir() if path.is_file()}
     return sha256(repr(sorted(files.items())).encode())
 
 

@@ -147,11 +147,11 @@ def test_what_was_converted_is_checked_like_an_export(converted: Path, tmp_path:
     """Serving and training read the list of hashes that training writes beside its own exports."""
     folder = Path(shutil.copytree(converted, tmp_path / "copy"))
     assert exported_files(folder).keys() == {path.name for path in folder.iterdir()} - {"export.json"}
-    check_hashes(folder)
+    check_hashes(folder, folder)
     assert fetch_export(str(folder)) == folder
     flip_a_bit(folder / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"model\.safetensors has sha256"):
-        check_hashes(folder)
+        check_hashes(folder, folder)
 
 
 def test_every_name_has_one_counterpart(model: FlashSlothForConditionalGeneration) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pipelines import storage
+from pipelines.serving import checkpoint_files
 from pipelines.serving.checkpoint import CheckpointError, check_folder, check_hashes, load_model, load_processor
-from pipelines.serving.engine import Engine
+from pipelines.serving.engine import Encoder, Engine
 from tests.serving import flip_a_bit, list_files
 
 
@@ -114,14 +117,14 @@ def test_a_file_of_the_export_that_is_missing(folder: Path) -> None:
     list_files(folder)
     (folder / "generation_config.json").unlink()
     with pytest.raises(CheckpointError, match=r"generation_config\.json is missing, which was exported"):
-        check_hashes(folder)
+        check_hashes(folder, folder)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"hashes": {}}', '{"files": 3}'])
 def test_a_list_of_files_that_cannot_be_read(folder: Path, content: str) -> None:
     (folder / "export.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"export\.json: this is no list of exported files"):
-        check_hashes(folder)
+        check_hashes(folder, folder)
 
 
 def test_missing_and_surplus_weights(folder: Path) -> None:
@@ -164,3 +167,31 @@ def test_a_processor_of_another_model(folder: Path) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), "num_image_tokens": 81}))
     with pytest.raises(CheckpointError, match="num_image_tokens 81, its model 9"):
         load_processor(folder)
+
+
+@pytest.mark.s3
+def test_a_copy_of_a_checkpoint_in_a_bucket_does_not_outlive_its_loading(
+    folder: Path, s3_uri: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    list_files(folder)
+    for file in folder.iterdir():
+        storage.write_bytes(f"{s3_uri}/export/{file.name}", file.read_bytes())
+    copies = tmp_path_factory.mktemp("copies")
+    monkeypatch.setattr(tempfile, "tempdir", str(copies))
+    copied: list[str] = []
+    monkeypatch.setattr(
+        checkpoint_files, "download", lambda uri, path: (copied.append(path.name), storage.download(uri, path))
+    )
+    load_processor(f"{s3_uri}/export")
+    assert "processor_config.json" in copied
+    assert "model.safetensors" not in copied, "an ingress needs no weights"
+    with Engine.from_checkpoint(f"{s3_uri}/export", device="cpu") as engine:
+        assert not list(copies.iterdir())
+        prompt = Encoder(engine.processor).prompt([{"role": "user", "content": "What is it?"}])
+        [answer] = engine.generate([prompt])  # of weights whose file is gone
+    with Engine.from_checkpoint(folder, device="cpu") as engine:
+        assert engine.generate([prompt]) == [answer]
+    storage.write_bytes(f"{s3_uri}/export/model.safetensors", b"cut")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors has sha256"):
+        load_model(f"{s3_uri}/export", "cpu")
+    assert not list(copies.iterdir())
