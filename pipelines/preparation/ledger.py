@@ -59,8 +59,12 @@ class Ledger(ReceiptBook[Plan, Receipt]):
         self.check_files()
         manifest = manifest_of(self.plan, list(self.ordered()), _write_quarantine(self.output, self._quarantined()))
         shared = ImageStore(self.output).total() if self.plan.terms.share_images else (0, 0)
-        write_data_receipt(self.output, gather(self.plan, list(self.ordered()), manifest, run, shared))
+        told = gather(self.plan, list(self.ordered()), manifest, run, shared)
+        write_data_receipt(self.output, told)
         self.put_manifest(manifest.to_json())
+        for source in told.sources:
+            if not source.written:  # beside larger ones it is no great share of all
+                print(f"warning: source '{source.name}': all {source.planned:,} rows are quarantined", flush=True)
         return manifest
 
     def _quarantined(self) -> Iterator[QuarantinedRow]:

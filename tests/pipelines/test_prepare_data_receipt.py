@@ -115,6 +115,19 @@ def test_resumed_run_has_the_same_manifest_and_a_whole_receipt(prepared: Path, t
     assert "8 rows in 2.0 s, 4 rows/s" in (tmp_path / "out" / "receipt.html").read_text()
 
 
+def test_a_source_of_which_nothing_is_left_is_said_beside_larger_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_corpus(tmp_path, 30)
+    (tmp_path / "bad.jsonl").write_text('{"id": "1"}\n{"id": "2"}\n')
+    write_processor(tmp_path)
+    names = ("corpus", "bad")
+    sources = [{"path": str(tmp_path / f"{name}.jsonl"), "image_root": str(tmp_path), "name": name} for name in names]
+    prepare_here(prepare_settings(tmp_path, sources=sources))
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert said == ["warning: source 'bad': all 2 rows are quarantined"]
+
+
 def test_manifest_comes_after_the_receipt(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever sees a manifest finds the receipt beside it."""
     written: list[str] = []
