@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 _LARGEST = 127
+_MOST = np.finfo(np.float16).max
 
 
 def quantize(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -23,4 +24,5 @@ def quantize(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def dequantize(numbers: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """int8[T, P, D] and float16[T, P] -> float16[T, P, D]."""
-    return (numbers * scales.astype(np.float32)[..., None]).astype(np.float16)
+    values = numbers * scales.astype(np.float32)[..., None]
+    return np.clip(values, -_MOST, _MOST).astype(np.float16)  # of the largest, the rounded scale is a step too much

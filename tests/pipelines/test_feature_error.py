@@ -34,6 +34,13 @@ def test_error_is_half_a_step_of_the_tokens_own_scale(spread: float) -> None:
     assert (step.squeeze(-1) <= np.abs(features).max(-1).astype(np.float32) / 127 * 1.002 + 6e-8).all()
 
 
+@pytest.mark.parametrize("largest", [65504, 65472, 60000])
+def test_the_largest_features_stay_finite(largest: float) -> None:
+    features = np.array([[[largest, -largest, 1.0]]], np.float16)
+    back = dequantize(*quantize(features)).astype(np.float32)
+    np.testing.assert_allclose(back[0, 0, :2], [largest, -largest], rtol=1 / 127)
+
+
 def test_int8_features_are_stored_small_and_read_back(tmp_path: Path, tiny_checkpoint: Path) -> None:
     write_corpus(tmp_path, 8)
     datasets = {}
