@@ -18,7 +18,7 @@ from pipelines.records import FileFormatError
 
 BLANKS = b" \t\r\n"
 """What JSON allows around its values."""
-_BOM = b"\xef\xbb\xbf"
+BOM = b"\xef\xbb\xbf"
 # A string, an object without brackets in it (a turn of a conversation: most of the file in one match), or a bracket or
 # comma. A string that does not end in this block leaves group 1 empty. Possessive quantifiers: nothing is read twice.
 _STRING = rb'"(?:[^"\\]++|\\.)*+'
@@ -101,7 +101,7 @@ class ArrayScanner:
         return self.depth == 1 and self.buffer[self.cursor :].strip(BLANKS) == b"]"
 
     def _enter(self) -> None:
-        text = self.buffer.removeprefix(_BOM).lstrip(BLANKS)
+        text = self.buffer.removeprefix(BOM).lstrip(BLANKS)
         if not text:
             return
         if text.startswith(b"PAR1"):

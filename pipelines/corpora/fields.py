@@ -5,6 +5,7 @@ Each function takes a row as its format has parsed it, of whatever types, and ra
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,11 @@ IMAGE_MARKER = "<image>"
 _OTHER_MEDIA = ("video", "videos", "audio", "audios")
 MEDIA = ("image", "images", *_OTHER_MEDIA)
 """Fields of a row that hold what is no text."""
+IMAGE_NAME = re.compile(
+    r"(.*_)?(image|img|jpe?g|png|webp|picture|photo)s?(_?(url|uri|path|file|filename|name|bytes|base64|b64|data)s?)?",
+    re.IGNORECASE,
+)
+"""What a field is called that is an image or names one, or seems to; those of MEDIA are read, the others are not."""
 
 
 def own_id(row: Any) -> str:
@@ -114,8 +120,11 @@ def record(row: dict[str, Any], own_id: str, messages: list[Message], image: str
     """A record with the `question_types` of `row`, a list with one text per user turn or nothing, and its `system`.
 
     A model has one system text, its processor's: a row that brings another is quarantined as `role_order`. So is, as
-    row_malformed, one that offers tools, which an answer would have to know of.
+    row_malformed, one that offers tools, which an answer would have to know of, and one without an image whose other
+    fields seem to name one.
     """
+    if image is None:
+        _check_no_image(row, own_id)
     if row.get("tools") not in (None, "", "[]", []):
         raise RowError("row_malformed", "the row has tools; FlashSloth answers in text alone", own_id)
     types = row.get("question_types") or []
@@ -130,6 +139,15 @@ def record(row: dict[str, Any], own_id: str, messages: list[Message], image: str
         image,
         [text(kind, "question_types", own_id) for kind in types],
     )
+
+
+def _check_no_image(row: Mapping[str, Any], own_id: str) -> None:
+    field = next((name for name in row if name not in MEDIA and IMAGE_NAME.fullmatch(name)), None)
+    if field is not None and isinstance(row[field], str | list | dict | bytes) and row[field]:
+        detail = (
+            f"the row has {field!r} and no 'image', which alone is read: rename it, or drop it where it is no image"
+        )
+        raise RowError("row_malformed", detail, own_id)
 
 
 def _system(value: Any, own_id: str) -> list[Message]:

@@ -12,7 +12,7 @@ from itertools import chain
 from typing import Any
 
 from pipelines import storage
-from pipelines.corpora.array_scanner import BLANKS, ArrayScanner
+from pipelines.corpora.array_scanner import BLANKS, BOM, ArrayScanner
 from pipelines.corpora.spans import Extent, Span
 from pipelines.records import FileFormatError, Record, Row, RowError
 
@@ -42,19 +42,24 @@ def scan(path: str) -> Iterator[Extent]:
 
 def scan_lines(path: str) -> Iterator[Extent]:
     """Extents of the lines of `path` that are not blank."""
-    start, line, held, is_first = 0, 1, b"", True
+    start, line, held, num_rows, first = 0, 1, b"", 0, b""
     for block in _blocks(path):
         held += block
+        if not num_rows and len(held) >= _BLOCK:
+            _check_no_array(path, held)  # a line as long as that is not waited for: it may be all there is
         *lines, held = held.split(b"\n")
         for text in lines:
             if text.strip(BLANKS):
-                if is_first:
-                    _check_first_line(path, text.strip(BLANKS))
-                    is_first = False
+                if not num_rows:
+                    first = text.strip(BLANKS)
+                    _check_first_line(path, first)
+                num_rows += 1
                 yield Extent(start, start + len(text), line, len(text))
             start, line = start + len(text) + 1, line + 1
     if held.strip(BLANKS):
         yield Extent(start, start + len(held), line, len(held))
+    if num_rows == 0 or (num_rows == 1 and not held.strip(BLANKS)):  # what stands alone
+        _check_no_array(path, held if num_rows == 0 else first)
 
 
 def scan_array(path: str) -> Iterator[Extent]:
@@ -109,10 +114,21 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _check_first_line(path: str, text: bytes) -> None:
     # A row that is a list is a bad row. A line that is a part of one belongs to an array.
     if text == b"[" or (text[:1] == b"[" and text[-1:] == b","):
-        raise FileFormatError(
-            f"{path}: begins with {text[:9]!r}: a {path[path.rindex('.') :]} corpus has a row on each line; name "
-            "a file with one array of rows .json"
-        )
+        raise _is_an_array(path, text)
+
+
+def _check_no_array(path: str, text: bytes) -> None:
+    """Of the only line of a file, or its beginning: a list of objects is an array of rows, as `json.dump` writes it."""
+    text = text[: 2**16].removeprefix(BOM).strip(BLANKS)
+    if text[:1] == b"[" and text[1:].lstrip(BLANKS)[:1] == b"{":
+        raise _is_an_array(path, text)
+
+
+def _is_an_array(path: str, text: bytes) -> FileFormatError:
+    return FileFormatError(
+        f"{path}: begins with {text[:9]!r}: a {path[path.rindex('.') :]} corpus has a row on each line; name "
+        "a file with one array of rows .json"
+    )
 
 
 def _check_encoding(path: str, head: bytes) -> None:

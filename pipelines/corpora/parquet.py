@@ -11,8 +11,9 @@ Columns: `image` or `images` (structs, bytes or paths; a row may have one image)
 Turns may be a struct of lists. `id`, `system`, `tools` and `question_types` are read where there are such. Where a
 struct has no bytes, its path is one below the image root; a struct with neither is an image that got lost, no struct a
 row without one. A row with a `video` or an `audio` is refused. The other columns are not read; a file with images in
-one of them is refused. Images without any of the columns of text are there to be annotated: nothing can be learned from
-them. Beside other columns that seem to tell of them (`prompt`, lists of turns) the file is refused.
+one of them is refused, as is one with `image_url`, `img` or the like in place of `image`. Images without any of the
+columns of text are there to be annotated: nothing can be learned from them. Beside other columns that seem to tell of
+them (`prompt`, lists of turns) the file is refused.
 
 A row can be had only by decoding its row group from the beginning. So a chunk costs least where row groups are not much
 larger than it: the hub's have 100 rows where there are images, 1000 otherwise.
@@ -65,7 +66,7 @@ def read(path: str, span: Span) -> Iterator[Row]:
     with storage.open_file(path) as file, row_groups.naming(f"{path}: rows {span.start} to {span.stop}"):
         table = _open(file, path)
         columns = [name for name in table.schema_arrow.names if name in parquet_columns.READ]
-        groups, first = row_groups.holding(table.metadata, span)
+        groups, first = row_groups.holding(table.metadata, span, path)
         for batch in table.iter_batches(_BATCH_ROWS, groups, columns):
             for row in range(max(span.start - first, 0), min(span.stop - first, batch.num_rows)):
                 yield Row(first + row, f"{path} (row {first + row})", _content(batch, row))

@@ -15,19 +15,25 @@ READ = ("id", *fields.MEDIA, *CONVERSATIONS, "question", "answer", *CAPTIONS, "s
 # Such a column says something about the image, which would be lost where nothing else is read; `label` or `url` do not.
 _TELLING = (
     *("prompt", "completion", "question", "questions", "answer", "answers"),
-    *("instruction", "output", "response"),
+    *("instruction", "output", "response", "conversation", "dialog", "dialogue", "captions"),
 )
 
 
 def check(schema: pa.Schema, path: str) -> None:
     """Raise FileFormatError unless all that the rows of the file `path` seem to say is read."""
     names = set(schema.names)
-    unread = [column.name for column in schema if column.name not in READ and _holds_image(column.type)]
-    if unread:
+    twice = next((column.name for column in schema if column.name in READ and _has_twice(column.type)), None)
+    if twice is not None:
+        raise FileFormatError(f"{path}: two fields in {twice} have one name, of which one would be lost; rename one")
+    unread = [column for column in schema if column.name not in READ]
+    others = [column.name for column in unread if _holds_image(column.type)]
+    if others:
         raise FileFormatError(
-            f"{path}: holds images in {', '.join(unread)}, and none but those in image or images are read: rename the "
+            f"{path}: holds images in {', '.join(others)}, and none but those in image or images are read: rename the "
             "column so, and drop the others"
         )
+    if not names & set(_IMAGES):
+        _check_named_otherwise(unread, path)
     talks = [name for name in CONVERSATIONS if name in names]
     if len(talks) > 1:
         raise FileFormatError(f"{path}: has {' and '.join(talks)}, of which one would be lost: drop one")
@@ -48,6 +54,16 @@ def check(schema: pa.Schema, path: str) -> None:
         )
 
 
+def _check_named_otherwise(unread: list[pa.Field], path: str) -> None:
+    """Raise FileFormatError where one of the columns `unread`, of a file without `image` or `images`, may be that."""
+    found = [column.name for column in unread if fields.IMAGE_NAME.fullmatch(column.name) and _holds_data(column.type)]
+    if found:
+        raise FileFormatError(
+            f"{path}: has no image or images, but {', '.join(found)}, which would not be read: rename the one that is "
+            "the image, or names it, to image; drop what is none"
+        )
+
+
 def _inner(kind: pa.DataType) -> list[pa.Field]:
     return [kind.field(number) for number in range(kind.num_fields)]
 
@@ -58,14 +74,31 @@ def _holds_image(kind: pa.DataType) -> bool:
     return {each.name for each in inner} >= {"bytes", "path"} or any(_holds_image(each.type) for each in inner)
 
 
+def _holds_data(kind: pa.DataType) -> bool:
+    is_bytes = pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+    return is_bytes or _holds_text(kind) or any(_holds_data(each.type) for each in _inner(kind))
+
+
 def _holds_text(kind: pa.DataType) -> bool:
-    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    if pa.types.is_dictionary(kind):
+        return _holds_text(kind.value_type)
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
     return is_text or any(_holds_text(each.type) for each in _inner(kind))
 
 
 def _holds_turns(column: pa.Field) -> bool:
-    """Whether it is a list, not read, of structs in which two fields hold text: who speaks, and what."""
-    is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
-    if column.name in READ or not is_list:
+    """Whether it is not read, and a list of structs, or a struct of lists, in which two fields hold text: who speaks,
+    and what."""
+    kind = column.type
+    is_list = not pa.types.is_dictionary(kind) and hasattr(kind, "value_type")
+    structs = [kind.value_type] if is_list else [kind]
+    if column.name in READ:
         return False
-    return sum(_holds_text(each.type) for each in _inner(column.type.value_type)) > 1
+    if not is_list and not all(hasattr(each.type, "value_type") for each in _inner(kind)):
+        return False
+    return any(sum(_holds_text(each.type) for each in _inner(struct)) > 1 for struct in structs)
+
+
+def _has_twice(kind: pa.DataType) -> bool:
+    names = [each.name for each in _inner(kind)]
+    return len(names) > len(set(names)) or any(_has_twice(each.type) for each in _inner(kind))

@@ -40,10 +40,16 @@ def extents(metadata: pq.FileMetaData, read: Collection[str]) -> Iterator[Extent
             row += 1
 
 
-def holding(metadata: pq.FileMetaData, span: Span) -> tuple[list[int], int]:
-    """The row groups that hold `span`, and the number of the first row in them."""
+def holding(metadata: pq.FileMetaData, span: Span, path: str) -> tuple[list[int], int]:
+    """The row groups that hold `span`, and the number of the first row in them.
+
+    Raises:
+        FileFormatError: the file, which lies at `path`, has no row of `span`.
+    """
     starts = [0, *accumulate(metadata.row_group(number).num_rows for number in range(metadata.num_row_groups))]
     held = [n for n, (start, stop) in enumerate(pairwise(starts)) if start < span.stop and stop > span.start]
+    if not held:
+        raise FileFormatError(f"{path}: has {starts[-1]} rows, and none from {span.start} on")
     return held, starts[held[0]]
 
 

@@ -46,7 +46,7 @@ def members(file: BinaryIO | io.BytesIO, path: str, ends: bool) -> Iterator[tarf
                 member.size = tar.offset - member.offset_data  # its own is what it had on a disk
             if member.isfile() or _is_link(member):
                 yield member
-    except tarfile.TarError as error:
+    except (tarfile.TarError, OverflowError, ValueError) as error:  # the last two of sizes that no file has
         raise FileFormatError(f"{path}: no tar, or a damaged one: {error}; compressed ones must be unpacked") from error
     if not ends:
         return

@@ -1,7 +1,8 @@
 """WebDataset: tars in which the files of one sample stand together and share a name up to its first dot.
 
     a/000017.jpg     the image
-    a/000017.json    `{"conversations"}` (ShareGPT's or LLaVA's turns) or `{"messages"}`, with an `id` if there is one
+    a/000017.json    `{"conversations"}` (ShareGPT's or LLaVA's turns), `{"messages"}`, `{"texts"}` (pairs of `user` and
+                     `assistant`) or `{"question", "answer"}`, with an `id` if there is one
     a/000017.txt     or a caption instead; `{"caption"}` in the json does as well (img2dataset writes both)
 
 A file is taken for what its name ends in: 000017.image.jpg is an image, 000017.caption.txt a text. What a json calls an
@@ -20,7 +21,18 @@ import io
 from collections.abc import Iterator
 
 from pipelines import storage
-from pipelines.corpora import captions, fields, json_rows, messages, sharegpt, tar_samples, tars, typed_content
+from pipelines.corpora import (
+    captions,
+    fields,
+    json_rows,
+    messages,
+    question_pairs,
+    questions,
+    sharegpt,
+    tar_samples,
+    tars,
+    typed_content,
+)
 from pipelines.corpora.spans import Extent, Span
 from pipelines.records import Record, Row, RowError
 
@@ -69,13 +81,18 @@ def _record(sample: tar_samples.Sample) -> Record:
         return messages.record(row)
     if "conversations" in row:
         return sharegpt.record(row)
+    if row.get("texts") is not None:
+        return question_pairs.record(row)
+    if row.get("question") is not None:
+        return questions.record(row)
     image = fields.one_image(fields.images(row, own_id), own_id)
     caption = _text(texts["txt"], own_id) if "txt" in texts else row.get("caption")
     if caption is None and images:
         sample.check_whole("text", own_id)
         return fields.record(row, own_id, [], image)
     if not isinstance(caption, str):
-        detail = f"has {sample.suffixes()}, but neither a json with messages, conversations or caption nor a txt"
+        kinds = "messages, conversations, texts, question or caption"
+        detail = f"has {sample.suffixes()}, but neither a json with {kinds} nor a txt"
         raise RowError("row_malformed", detail, own_id)
     return fields.record(row, own_id, captions.turns(caption, own_id), image)
 

@@ -12,7 +12,7 @@ from random import Random
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from pipelines.corpora import json_rows
@@ -62,6 +62,7 @@ def test_array_reads_like_json(
 def test_lines_read_like_json(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: list[Any], block: int, chunk: int, end: bool
 ) -> None:
+    assume(not (rows and isinstance(rows[0], list) and rows[0] and isinstance(rows[0][0], dict)))  # an array of rows
     monkeypatch.setattr(json_rows, "_BLOCK", block)
     path = tmp_path / "corpus.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)) + "\n" * end)
@@ -270,6 +271,8 @@ def test_file_that_is_no_array_is_refused(tmp_path: Path, content: str, message:
         ("a.json", '[{"id": 1}]'.encode("utf-16"), "is UTF-16 or UTF-32"),
         ("a.jsonl", b"\n[\n" + b' {"id": 1},\n {"id": 2}\n]\n', r"one array of rows \.json"),
         ("a.ndjson", b'[{"id": 1},\r\n {"id": 2}]', r"a \.ndjson corpus has a row on each line"),
+        ("a.jsonl", b'[{"id": 1}, {"id": 2}]', r"begins with .*one array of rows \.json"),
+        ("a.jsonl", b'\xef\xbb\xbf [ {"id": 1}]\n\n', r"one array of rows \.json"),
     ],
 )
 def test_file_of_another_kind_is_told_by_how_it_begins(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -277,6 +280,20 @@ def test_file_of_another_kind_is_told_by_how_it_begins(tmp_path: Path, name: str
     path.write_bytes(content)
     with pytest.raises(FileFormatError, match=f"{name}: .*{message}"):
         list(json_rows.scan(str(path)))
+
+
+def test_an_array_on_one_line_is_not_read_to_its_end_to_be_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(json_rows, "_BLOCK", 100)
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps([{"id": number} for number in range(1000)]))
+    blocks = json_rows._blocks(str(path))
+    read: list[bytes] = []
+    monkeypatch.setattr(json_rows, "_blocks", lambda path: (read.append(block) or block for block in blocks))
+    with pytest.raises(FileFormatError, match=r"one array of rows \.json"):
+        list(json_rows.scan(str(path)))
+    assert len(read) == 1
 
 
 @pytest.mark.parametrize("name", ["A.JSONL", "a.Jsonl", "a.NDJSON"])

@@ -10,10 +10,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines import storage
+from pipelines.corpora import FORMATS
+from pipelines.corpora.spans import group
 from pipelines.records import FileFormatError
 from tests.formats import error, read_rows, records
 
 TURNS = [{"from": "human", "value": "<image>Q"}, {"from": "gpt", "value": "A"}]
+SPOKEN = pa.struct([("from", pa.dictionary(pa.int32(), pa.string())), ("value", pa.string())])
+VIEWED = pa.struct([("from", pa.string_view()), ("value", pa.string_view())])
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
@@ -207,11 +211,21 @@ def test_images_alone_are_there_to_be_annotated(tmp_path: Path, other: dict[str,
         {"Question": "Q", "Answer": "A"},
         {"dialogue": [{"speaker": "a", "words": "Q"}]},
         {"pairs": [{"question": "Q", "answers": ["A", "B"]}]},
+        {"talk": pa.array([{"from": ["human"], "value": ["Q"]}])},
+        {"talk": pa.array([[{"from": "human", "value": "Q"}]], pa.list_view(SPOKEN))},
+        {"talk": pa.array([[{"from": "human", "value": "Q"}]], pa.list_(SPOKEN, 1))},
+        {"talk": pa.array([[{"from": "human", "value": "Q"}]], pa.list_(VIEWED))},
+        {"conversation": '[{"from": "human"}]'},
+        {"dialog": "Q"},
+        {"captions": ["A", "B"]},
     ],
 )
 def test_what_tells_of_an_image_and_is_not_read_is_named(tmp_path: Path, unread: dict[str, Any]) -> None:
     for other in ({}, {"text": "ocr"}):
-        path = write(tmp_path, [{"image": {"bytes": b"x", "path": None}, **unread, **other}])
+        row = {"image": {"bytes": b"x", "path": None}, **unread, **other}
+        columns = {name: held if isinstance(held, pa.Array) else pa.array([held]) for name, held in row.items()}
+        path = tmp_path / "a.parquet"
+        pq.write_table(pa.table(columns), path)
         with pytest.raises(FileFormatError, match=f"{path}: has an image, and {', '.join(unread)}, which would not be"):
             read_rows("parquet", path)
 
@@ -223,6 +237,40 @@ def test_images_in_columns_that_are_not_read_are_named(tmp_path: Path, held: pa.
     message = f"{path}: holds images in decoded_image, image_2, and none but those in image or images are read: rename"
     with pytest.raises(FileFormatError, match=message):
         read_rows("parquet", path)
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        *({"image_url": "https://a/b.jpg"}, {"image_path": "b.jpg"}, {"imagePath": "b.jpg"}, {"img": b"x"}),
+        *({"jpg": b"x"}, {"Image": b"x"}, {"image_bytes": [b"x"]}, {"picture": {"bytes": b"x"}}, {"photos": ["b.jpg"]}),
+    ],
+)
+@pytest.mark.parametrize("text", ["question", "messages", "texts"])
+def test_an_image_under_another_name_makes_no_row_of_text(tmp_path: Path, named: dict[str, Any], text: str) -> None:
+    turns = {"messages": [{"role": "user", "content": "Q"}], "texts": [{"user": "Q", "assistant": "A"}]}
+    row = {text: turns.get(text, "Q"), "image_sha256": "ab", "image_width": 5, "digest": b"y"}
+    assert len(records(read_rows("parquet", write(tmp_path, [row])))) == 1
+    path = write(tmp_path, [{**row, **named}])
+    with pytest.raises(FileFormatError, match=f"{path}: has no image or images, but {next(iter(named))}, which would"):
+        read_rows("parquet", path)
+
+
+def test_two_fields_of_one_name_in_a_turn_are_refused(tmp_path: Path) -> None:
+    fields = [pa.array(["human"]), pa.array(["Q"]), pa.array(["A"])]
+    turns = pa.StructArray.from_arrays(fields, names=["from", "value", "value"])
+    table = pa.table({"conversations": pa.ListArray.from_arrays(pa.array([0, 1], pa.int32()), turns)})
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(FileFormatError, match=r"a\.parquet: two fields in conversations have one name, of which one"):
+        read_rows("parquet", tmp_path / "a.parquet")
+
+
+def test_a_file_with_fewer_rows_than_before_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path, [{"question": "Q"}] * 12)
+    *_, last = group(FORMATS["parquet"].scan(str(path)), 4)
+    write(tmp_path, [{"question": "Q"}] * 4)
+    with pytest.raises(FileFormatError, match=r"\.parquet: has 4 rows, and none from 8 on"):
+        list(FORMATS["parquet"].read(str(path), last))
 
 
 @pytest.mark.parametrize("columns", [("conversations", "messages"), ("messages", "texts"), ("caption", "text")])

@@ -56,6 +56,8 @@ def test_turns_go_before_a_question_beside_them(tmp_path: Path) -> None:
         ({"id": "r", "question": ["Q"]}, "'question' is text, this is a list"),
         ({"id": "r", "question": "Q", "answer": 5}, "'answer' is text, this is a number"),
         ({"id": "r", "question": "Q\0"}, "'question' contains a NUL character"),
+        ({"id": "r", "question": "Q", "image_path": "a.jpg"}, "the row has 'image_path' and no 'image', which alone"),
+        ({"id": "r", "question": "Q", "img": {"path": "a.jpg"}}, "the row has 'img' and no 'image', which alone"),
     ],
 )
 def test_what_is_refused(tmp_path: Path, row: dict[str, Any], detail: str) -> None:

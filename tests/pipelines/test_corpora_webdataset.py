@@ -64,6 +64,14 @@ def test_captions_messages_and_text_alone(tmp_path: Path) -> None:
     assert (fourth.image, len(fourth.messages)) == (None, 2)
 
 
+@pytest.mark.parametrize("text", [{"question": "Q", "answer": "A"}, {"texts": [{"user": "Q", "assistant": "A"}]}])
+def test_questions_go_before_a_caption_beside_them(tmp_path: Path, text: dict[str, Any]) -> None:
+    files = {"0.jpg": b"0", "0.txt": b"alt", "0.json": text, "1.jpg": b"1", "1.json": {**text, "caption": "alt"}}
+    found = records(read_rows("webdataset", write(tmp_path / "0.tar", {**files, "2.json": text})))
+    assert [[message["content"] for message in record.messages] for record in found] == [["Q", "A"]] * 3
+    assert [record.image for record in found] == [b"0", b"1", None]
+
+
 @pytest.mark.parametrize("field", ["image", "path", "url"])
 def test_what_a_part_calls_its_image_is_a_name_from_before_the_tar(tmp_path: Path, field: str) -> None:
     part = {"type": "image", field: "train/coco/1.jpg"}
@@ -258,12 +266,22 @@ def test_tars_that_are_broken_are_named(tmp_path: Path) -> None:
         (data[: third + 700], "0.tar: no tar, or a damaged one: unexpected end"),
         (data[:third], r"0\.tar: ends at byte \d+ without a tar's end mark: it is cut short"),
         (data[:third] + b"#" * 512 + data[third + 512 :], r"0\.tar: damaged near byte \d+: neither a file nor the end"),
+        (with_size(data, third, b"\x80" + b"\xff" * 11), "0.tar: no tar, or a damaged one"),
+        (with_size(data, third, b"\x80" + bytes(3) + b"\x7f" + b"\xff" * 7), "0.tar: no tar, or a damaged one"),
         (b"hello" * 300, "0.tar: no tar, or a damaged one.*compressed ones must be unpacked"),
         (b"\x1f\x8b" + bytes(2000), "compressed ones must be unpacked"),
     ):
         path.write_bytes(content)
         with pytest.raises(FileFormatError, match=message):
             read_rows("webdataset", path)
+
+
+def with_size(tar: bytes, start: int, size: bytes) -> bytes:
+    """`tar`, in which the header at `start` tells another size, and is whole."""
+    head = bytearray(tar[start : start + 512])
+    head[124:136], head[148:156] = size, b" " * 8
+    head[148:156] = b"%06o\0 " % sum(head)
+    return tar[:start] + bytes(head) + tar[start + 512 :]
 
 
 def test_an_empty_tar_holds_no_rows(tmp_path: Path) -> None:
