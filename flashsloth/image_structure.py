@@ -95,12 +95,12 @@ def _check_jpeg(data: bytes) -> None:
         return
     most = min(MAX_SCANS, max(_FEW_SCANS, MAX_SCANNED_PIXELS // max(num_pixels, 1)))
     # The pixels of a scan contain no marker, but what stands behind the end of the picture may: then they are counted.
-    if _count_at_most(data, found.start()) > most:
+    if _count_most(data, found.start()) > most:
         _bound(_count_scans(data, found.start()), most, f"scans of {num_pixels} pixels")
 
 
-def _count_at_most(data: bytes, position: int) -> int:
-    """As `_count_scans`, and what only looks like one; in a fifth of the time of `bytes.count`."""
+def _count_most(data: bytes, position: int) -> int:
+    """As `_count_scans`, and what only looks like one: no fewer."""
     values = np.frombuffer(data, np.uint8, offset=position)
     markers = np.flatnonzero(values[:-1] == 0xFF)
     return int(np.count_nonzero(values[markers + 1] == _START_OF_SCAN))
