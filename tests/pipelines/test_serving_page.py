@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import re
 import shutil
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import uvicorn
+from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from pipelines.serving.authentication import hash_token
@@ -201,13 +203,14 @@ def test_who_asks_before_the_model_is_known_is_answered(site: Site, open_page: A
     page.add_init_script(
         """const real = window.fetch;
         window.fetch = async (address, ...rest) => {
-            if (address === "v1/models") await new Promise((go) => setTimeout(go, 1000));
+            if (address === "v1/models") await new Promise((go) => { window.tellModels = go; });
             return real(address, ...rest);
         };"""
     )
     page.reload()
     page.keyboard.type("What is it?\n")
     expect(page.locator("#model")).to_have_text("")
+    page.evaluate("tellModels()")
     wait_for_answers(page, 1)
 
 
@@ -316,6 +319,41 @@ def test_on_a_phone_nothing_is_cut_off(site: Site, open_page: Any) -> None:
         assert box["x"] >= 0 and box["x"] + box["width"] <= 360
         assert box["y"] + box["height"] <= 640
     page.screenshot(path=SCREENSHOTS / "page-phone.png")
+
+
+def test_a_conversation_that_has_become_too_long_goes_on_without_its_beginning(site: Site, open_page: Any) -> None:
+    site.service.adopt(Policy(limits=Limits(max_prompt_tokens=160, default_max_tokens=30)))
+    site.backend.prompts.clear()
+    page = open_page(site)
+    page.set_input_files("#files", pictures(0))
+    expect(page.locator("#talk > img")).to_be_visible()
+    for count in range(1, 7):
+        page.locator("#question").fill(f"What is number {count}?")
+        page.locator("#question").press("Enter")
+        wait_for_answers(page, count)
+    assert "without" not in page.locator(".figures").first.text_content()
+    assert re.search(r"without the first \d questions$", page.locator(".figures").last.text_content())
+    assert all(prompt.pixel_values is not None for prompt in site.backend.prompts)
+    expect(page.locator(".user")).to_have_count(6)
+    site.service.adopt(site.policy)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG"])
+def test_transparency_shows_grey_also_in_pictures_that_the_page_writes_anew(
+    site: Site, open_page: Any, kind: str
+) -> None:
+    site.backend.prompts.clear()
+    clear = Image.new("P", (40, 30)) if kind == "GIF" else Image.new("RGBA", (12_004, 70))  # too long a side
+    buffer = io.BytesIO()
+    clear.save(buffer, kind, **({"transparency": 0} if kind == "GIF" else {}))
+    page = open_page(site)
+    page.set_input_files("#files", [{"name": "a", "mimeType": f"image/{kind.lower()}", "buffer": buffer.getvalue()}])
+    expect(page.locator("#talk > img")).to_be_visible()
+    page.locator("#question").fill("What color is it?")
+    page.locator("#question").press("Enter")
+    wait_for_answers(page, 1)
+    [prompt] = site.backend.prompts
+    assert prompt.pixel_values.min() >= 126 and prompt.pixel_values.max() <= 128
 
 
 def test_a_token_is_asked_for_and_errors_are_shown(site: Site, open_page: Any) -> None:
