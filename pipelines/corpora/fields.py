@@ -5,21 +5,16 @@ Each function takes a row as its format has parsed it, of whatever types, and ra
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
+from pipelines.corpora import image_names
 from pipelines.records import Message, Record, RowError
 
 IMAGE_MARKER = "<image>"
 _OTHER_MEDIA = ("video", "videos", "audio", "audios")
 MEDIA = ("image", "images", *_OTHER_MEDIA)
 """Fields of a row that hold what is no text."""
-IMAGE_NAME = re.compile(
-    r"(.*_)?(image|img|jpe?g|png|webp|picture|photo)s?(_?(url|uri|path|file|filename|name|bytes|base64|b64|data)s?)?",
-    re.IGNORECASE,
-)
-"""What a field is called that is an image or names one, or seems to; those of MEDIA are read, the others are not."""
 
 
 def own_id(row: Any) -> str:
@@ -142,12 +137,20 @@ def record(row: dict[str, Any], own_id: str, messages: list[Message], image: str
 
 
 def _check_no_image(row: Mapping[str, Any], own_id: str) -> None:
-    field = next((name for name in row if name not in MEDIA and IMAGE_NAME.fullmatch(name)), None)
-    if field is not None and isinstance(row[field], str | list | dict | bytes) and row[field]:
+    seeming = (name for name in row if name not in MEDIA and image_names.seems_image(name))
+    field = next((name for name in seeming if _says_something(row[name])), None)
+    if field is not None:
         detail = (
             f"the row has {field!r} and no 'image', which alone is read: rename it, or drop it where it is no image"
         )
         raise RowError("row_malformed", detail, own_id)
+
+
+def _says_something(value: Any) -> bool:
+    """Whether `value` has a text in it that is not empty."""
+    if isinstance(value, dict | list):
+        return any(map(_says_something, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, str) and bool(value.strip())
 
 
 def _system(value: Any, own_id: str) -> list[Message]:

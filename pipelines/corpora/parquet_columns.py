@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-from pipelines.corpora import fields
+from pipelines.corpora import fields, image_names
 from pipelines.records import FileFormatError
 
 CONVERSATIONS = ("conversations", "messages", "texts")
@@ -56,7 +56,7 @@ def check(schema: pa.Schema, path: str) -> None:
 
 def _check_named_otherwise(unread: list[pa.Field], path: str) -> None:
     """Raise FileFormatError where one of the columns `unread`, of a file without `image` or `images`, may be that."""
-    found = [column.name for column in unread if fields.IMAGE_NAME.fullmatch(column.name) and _holds_data(column.type)]
+    found = [column.name for column in unread if image_names.seems_image(column.name) and _holds_data(column.type)]
     if found:
         raise FileFormatError(
             f"{path}: has no image or images, but {', '.join(found)}, which would not be read: rename the one that is "

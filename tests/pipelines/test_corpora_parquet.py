@@ -244,6 +244,7 @@ def test_images_in_columns_that_are_not_read_are_named(tmp_path: Path, held: pa.
     [
         *({"image_url": "https://a/b.jpg"}, {"image_path": "b.jpg"}, {"imagePath": "b.jpg"}, {"img": b"x"}),
         *({"jpg": b"x"}, {"Image": b"x"}, {"image_bytes": [b"x"]}, {"picture": {"bytes": b"x"}}, {"photos": ["b.jpg"]}),
+        *({"image_1": "b.jpg"}, {"image_file_name": "b.jpg"}, {"imageSrc": "b.jpg"}, {"decodedImage": b"x"}),
     ],
 )
 @pytest.mark.parametrize("text", ["question", "messages", "texts"])
