@@ -11,9 +11,9 @@ Columns: `image` or `images` (structs, bytes or paths; a row may have one image)
 Turns may be a struct of lists. `id`, `system`, `tools` and `question_types` are read where there are such. Where a
 struct has no bytes, its path is one below the image root; a struct with neither is an image that got lost, no struct a
 row without one. A row with a `video` or an `audio` is refused. The other columns are not read; a file with images in
-one of them is refused, as is one with `image_url`, `img` or the like in place of `image`. Images without any of the
-columns of text are there to be annotated: nothing can be learned from them. Beside other columns that seem to tell of
-them (`prompt`, lists of turns) the file is refused.
+one of them is refused, as is one with `image_url`, `img`, a struct of bytes or the like in place of `image` and of what
+messages hold. Images without any of the columns of text are there to be annotated: nothing can be learned from them.
+Beside other columns that seem to tell of them (`prompt`, lists of turns) the file is refused.
 
 A row can be had only by decoding its row group from the beginning. So a chunk costs least where row groups are not much
 larger than it: the hub's have 100 rows where there are images, 1000 otherwise.

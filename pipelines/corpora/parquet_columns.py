@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-from pipelines.corpora import fields, image_names
+from pipelines.corpora import fields, image_names, typed_content
 from pipelines.records import FileFormatError
 
 CONVERSATIONS = ("conversations", "messages", "texts")
@@ -32,7 +32,7 @@ def check(schema: pa.Schema, path: str) -> None:
             f"{path}: holds images in {', '.join(others)}, and none but those in image or images are read: rename the "
             "column so, and drop the others"
         )
-    if not names & set(_IMAGES):
+    if not names & set(_IMAGES) and not any(_has_address(column) for column in schema):
         _check_named_otherwise(unread, path)
     talks = [name for name in CONVERSATIONS if name in names]
     if len(talks) > 1:
@@ -56,7 +56,7 @@ def check(schema: pa.Schema, path: str) -> None:
 
 def _check_named_otherwise(unread: list[pa.Field], path: str) -> None:
     """Raise FileFormatError where one of the columns `unread`, of a file without `image` or `images`, may be that."""
-    found = [column.name for column in unread if image_names.seems_image(column.name) and _holds_data(column.type)]
+    found = [column.name for column in unread if _may_be_image(column)]
     if found:
         raise FileFormatError(
             f"{path}: has no image or images, but {', '.join(found)}, which would not be read: rename the one that is "
@@ -64,8 +64,30 @@ def _check_named_otherwise(unread: list[pa.Field], path: str) -> None:
         )
 
 
+def _has_address(column: pa.Field) -> bool:
+    """Whether it is one of turns whose typed content may hold or name an image."""
+    return column.name in CONVERSATIONS and not _names(column.type).isdisjoint((*typed_content.ADDRESSES, "image_url"))
+
+
+def _may_be_image(column: pa.Field) -> bool:
+    """Whether it is an image or names one: by its name, or since it holds a struct of bytes."""
+    return _holds_bytes_by_name(column.type) or (image_names.seems_image(column.name) and _holds_data(column.type))
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    """What `kind` spells in another way: the type of a dictionary's values, the storage of an extension."""
+    if pa.types.is_dictionary(kind):
+        return _plain(kind.value_type)
+    return _plain(kind.storage_type) if isinstance(kind, pa.BaseExtensionType) else kind
+
+
 def _inner(kind: pa.DataType) -> list[pa.Field]:
     return [kind.field(number) for number in range(kind.num_fields)]
+
+
+def _names(kind: pa.DataType) -> set[str]:
+    inner = _inner(kind)
+    return {each.name for each in inner}.union(*(_names(each.type) for each in inner))
 
 
 def _holds_image(kind: pa.DataType) -> bool:
@@ -74,14 +96,19 @@ def _holds_image(kind: pa.DataType) -> bool:
     return {each.name for each in inner} >= {"bytes", "path"} or any(_holds_image(each.type) for each in inner)
 
 
+def _holds_bytes_by_name(kind: pa.DataType) -> bool:
+    inner = _inner(kind)
+    return any((each.name == "bytes" and _holds_data(each.type)) or _holds_bytes_by_name(each.type) for each in inner)
+
+
 def _holds_data(kind: pa.DataType) -> bool:
+    kind = _plain(kind)
     is_bytes = pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
     return is_bytes or _holds_text(kind) or any(_holds_data(each.type) for each in _inner(kind))
 
 
 def _holds_text(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        return _holds_text(kind.value_type)
+    kind = _plain(kind)
     is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
     return is_text or any(_holds_text(each.type) for each in _inner(kind))
 

@@ -12,7 +12,8 @@ from typing import Any
 from pipelines.corpora import fields
 from pipelines.records import RowError
 
-_ADDRESSES = ("image", "url", "path")
+ADDRESSES = ("image", "url", "path")
+"""Fields of an image part that name the image."""
 _IN_ROW = object()  # an image part that leaves the address to the row
 
 
@@ -32,7 +33,7 @@ def parts(role: str, content: Any, number: int, own_id: str) -> tuple[str, list[
             url = part.get("image_url")
             images.append(url.get("url") if isinstance(url, dict) else url)
         elif part.get("type") == "image":
-            named = (part[name] for name in _ADDRESSES if part.get(name) not in (None, ""))
+            named = (part[name] for name in ADDRESSES if part.get(name) not in (None, ""))
             images.append(next(named, _IN_ROW))
         else:
             detail = f"turn {number}: a part of type {part.get('type')!r}; text, image and image_url are understood"
@@ -87,7 +88,7 @@ def image_parts(turns: Any) -> Iterator[dict[str, Any]]:
 def without_names(turns: Any) -> None:
     """Let each image part that names a file leave the address to the row; a data URI is no name."""
     for part in image_parts(turns):
-        for field in _ADDRESSES:
+        for field in ADDRESSES:
             if not str(part.get(field)).startswith("data:"):
                 part.pop(field, None)
 

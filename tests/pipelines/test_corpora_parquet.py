@@ -257,6 +257,44 @@ def test_an_image_under_another_name_makes_no_row_of_text(tmp_path: Path, named:
         read_rows("parquet", path)
 
 
+@pytest.mark.parametrize(
+    ("name", "held"),
+    [
+        ("img", pa.dictionary(pa.int32(), pa.binary())),
+        ("frame", pa.struct([("bytes", pa.binary())])),
+        ("frames", pa.list_(pa.struct([("bytes", pa.string()), ("format", pa.string())]))),
+    ],
+)
+def test_other_ways_to_hold_bytes_make_no_row_of_text(tmp_path: Path, name: str, held: pa.DataType) -> None:
+    pq.write_table(pa.table({"question": ["Q"], name: pa.nulls(1, held)}), tmp_path / "a.parquet")
+    with pytest.raises(FileFormatError, match=f"has no image or images, but {name}, which would not be read"):
+        read_rows("parquet", tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        *({"image_id": "7"}, {"has_image": "no"}, {"image_size": [4, 3]}, {"image_caption": "a bar"}),
+        *({"embedding": b"x"}, {"file": {"bytes": 7, "sha": "ab"}}),
+    ],
+)
+def test_what_is_no_image_may_stand_beside_text(tmp_path: Path, other: dict[str, Any]) -> None:
+    [record] = records(read_rows("parquet", write(tmp_path, [{"question": "Q", "answer": "A", **other}])))
+    assert record.image is None
+
+
+@pytest.mark.parametrize("name", ["image", "url", "path", "image_url"])
+@pytest.mark.parametrize("field", ["messages", "conversations"])
+def test_a_former_name_may_stand_beside_content_that_has_the_image(tmp_path: Path, field: str, name: str) -> None:
+    kind = "image_url" if name == "image_url" else "image"
+    part = pa.struct([(column, pa.string()) for column in ("type", "text", name)])
+    turns = pa.list_(pa.struct([("role", pa.string()), ("content", pa.list_(part))]))
+    content = [{"type": kind, name: "a.jpg"}, {"type": "text", "text": "Q"}]
+    row = {field: [{"role": "user", "content": content}], "image_path": "before/a.jpg"}
+    path = write(tmp_path, [row], schema=pa.schema([(field, turns), ("image_path", pa.string())]))
+    assert records(read_rows("parquet", path))[0].image == "a.jpg"
+
+
 def test_two_fields_of_one_name_in_a_turn_are_refused(tmp_path: Path) -> None:
     fields = [pa.array(["human"]), pa.array(["Q"]), pa.array(["A"])]
     turns = pa.StructArray.from_arrays(fields, names=["from", "value", "value"])
