@@ -116,14 +116,16 @@ def _holds_text(kind: pa.DataType) -> bool:
 def _holds_turns(column: pa.Field) -> bool:
     """Whether it is not read, and a list of structs, or a struct of lists, in which two fields hold text: who speaks,
     and what."""
-    kind = column.type
-    is_list = not pa.types.is_dictionary(kind) and hasattr(kind, "value_type")
-    structs = [kind.value_type] if is_list else [kind]
-    if column.name in READ:
+    kind = _plain(column.type)
+    if _is_list(kind):
+        kind = kind.value_type
+    elif not all(_is_list(each.type) for each in _inner(kind)):
         return False
-    if not is_list and not all(hasattr(each.type, "value_type") for each in _inner(kind)):
-        return False
-    return any(sum(_holds_text(each.type) for each in _inner(struct)) > 1 for struct in structs)
+    return column.name not in READ and sum(_holds_text(each.type) for each in _inner(kind)) > 1
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return hasattr(kind, "value_type") and not pa.types.is_dictionary(kind)
 
 
 def _has_twice(kind: pa.DataType) -> bool:

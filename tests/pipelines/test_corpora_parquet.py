@@ -203,6 +203,13 @@ def test_images_alone_are_there_to_be_annotated(tmp_path: Path, other: dict[str,
     assert (record.image, record.messages) == (b"x", [])
 
 
+def test_a_struct_of_texts_beside_an_image_is_no_turns(tmp_path: Path) -> None:
+    word = pa.dictionary(pa.int32(), pa.string())
+    told = pa.array([{"author": "a", "licence": "b"}], pa.struct([("author", word), ("licence", word)]))
+    pq.write_table(pa.table({"image": [b"x"], "about": told}), tmp_path / "a.parquet")
+    assert records(read_rows("parquet", tmp_path / "a.parquet"))[0].messages == []
+
+
 @pytest.mark.parametrize(
     "unread",
     [
