@@ -132,6 +132,11 @@ def pictures(*seeds: int) -> list[dict[str, Any]]:
     return [{"name": f"{seed}.png", "mimeType": "image/png", "buffer": png(seed)} for seed in seeds]
 
 
+def ask(page: Page, question: str) -> None:
+    page.locator("#question").fill(question)
+    page.locator("#question").press("Enter")
+
+
 def wait_for_answers(page: Page, count: int) -> None:
     expect(page.locator(".figures")).to_have_count(count, timeout=PATIENCE_MS)
 
@@ -321,6 +326,19 @@ def test_on_a_phone_nothing_is_cut_off(site: Site, open_page: Any) -> None:
     page.screenshot(path=SCREENSHOTS / "page-phone.png")
 
 
+def test_a_question_that_is_too_long_by_itself_costs_no_other(site: Site, open_page: Any) -> None:
+    site.service.adopt(Policy(limits=Limits(max_prompt_tokens=160, default_max_tokens=30)))
+    page = open_page(site)
+    ask(page, "What is it?")
+    wait_for_answers(page, 1)
+    ask(page, "many words " * 100)
+    expect(page.get_by_role("alert")).to_contain_text("at most 160")
+    ask(page, "What is it now?")
+    wait_for_answers(page, 2)
+    assert "without" not in page.locator(".figures").last.text_content()
+    site.service.adopt(site.policy)
+
+
 def test_a_conversation_that_has_become_too_long_goes_on_without_its_beginning(site: Site, open_page: Any) -> None:
     site.service.adopt(Policy(limits=Limits(max_prompt_tokens=160, default_max_tokens=30)))
     site.backend.prompts.clear()
@@ -328,8 +346,7 @@ def test_a_conversation_that_has_become_too_long_goes_on_without_its_beginning(s
     page.set_input_files("#files", pictures(0))
     expect(page.locator("#talk > img")).to_be_visible()
     for count in range(1, 7):
-        page.locator("#question").fill(f"What is number {count}?")
-        page.locator("#question").press("Enter")
+        ask(page, f"What is number {count}?")
         wait_for_answers(page, count)
     assert "without" not in page.locator(".figures").first.text_content()
     assert re.search(r"without the first \d questions$", page.locator(".figures").last.text_content())
