@@ -17,6 +17,7 @@ _OF_PIPELINES = (
 _OF_MODEL = (
     *("configuration_flashsloth.py", "conversation.py", "processing_flashsloth.py", "vision.py"),
     *("image_faults.py", "image_modes.py", "image_processing_flashsloth.py", "image_structure.py"),
+    "resampling.py",
 )
 _LIBRARIES = ("pillow", "tokenizers")
 _LIBRARIES_OF_TOWER = ("torch", "transformers")
