@@ -24,6 +24,7 @@ from pipelines.benchmarks.image_sharing import measure_sharing
 from pipelines.benchmarks.machine import describe_machine, num_cores
 from pipelines.benchmarks.photos import draw_corpus, write_rows
 from pipelines.benchmarks.preparing import (
+    CheckedPhotos,
     LoaderContestant,
     Photos,
     PrepareContestant,
@@ -37,7 +38,7 @@ from pipelines.benchmarks.rounds import Figures, Rounds, take_turns
 from pipelines.benchmarks.settings import BenchmarkSettings
 from pipelines.benchmarks.table import Bound, Report, Table
 
-BARE, LOOPS = "bare loop", "bare loop on each core"
+BARE, OWN, LOOPS = "bare loop", "bare loop of our functions", "bare loop on each core"
 LOADER, WRITING = "DataLoader, nothing written", "DataLoader, batches written to disk"
 LOCAL, S3, S3_TO_S3 = "prepare", "prepare to S3", "prepare from S3 to S3"
 _FEW, _WARM, _SHARING = 4, 1000, 600  # rows
@@ -114,8 +115,11 @@ class _Bench:
         writing = LoaderContestant(photos, cores, folder=Path(self._local("loader")))
         for contestant in ours.values():
             contestant.warm_up(self.warm)
-        contestants: dict[str, Callable[[], Figures]] = {BARE: partial(bare_loop, photos), LOOPS: loops, LOADER: loader}
-        contestants |= {WRITING: writing, **ours}
+        contestants: dict[str, Callable[[], Figures]] = {
+            BARE: partial(bare_loop, photos),
+            OWN: partial(bare_loop, CheckedPhotos(self.corpus, rows)),
+        }
+        contestants |= {LOOPS: loops, LOADER: loader, WRITING: writing, **ours}
         rounds = take_turns(contestants, self.settings.rounds, _say)
         again = {name: contestant.again() for name, contestant in ours.items()}
         writing.drop()
@@ -128,6 +132,8 @@ class _Bench:
             if name != LOCAL:
                 share = share_of_cores_left(rounds, name, BARE, cores).median
                 self._bound(f"{name}: share of {BARE} x cores that the store left", share, at_least=0.85)
+            share = rounds.ratio(name, OWN, "rows_per_s").median / cores
+            self._bound(f"{name}: share of {OWN} x {cores}", share, at_least=0.85)
             # What the cores of a machine do together, where they share caches or are threads of one core.
             share = rounds.ratio(name, LOOPS, "rows_per_s").median
             self._bound(f"{name}: share of {LOOPS}", share, at_least=0.85)

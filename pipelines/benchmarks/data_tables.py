@@ -41,8 +41,9 @@ def preparing_table(rounds: Rounds, cores: int, bare: str, again: Mapping[str, f
         ],
         rows=rows,
         notes=[
-            "A bare loop writes and hashes nothing. Of the DataLoaders one throws away what it is handed; the other "
-            "writes it as Arrow files and hashes them, without receipts, and without waiting for the disk.",
+            "A bare loop writes and hashes nothing; as the DataLoaders are, it is written with Pillow. One of these "
+            "throws away what it is handed; the other writes it as Arrow files and hashes them, without receipts, and "
+            "without waiting for the disk.",
             f"A second run over the finished corpus decodes nothing: {seconds}.",
             "CPU: of the process and all that it started, Ray's own processes included; a store's is not. Cores busy: "
             "with anything at all, a store on this machine included. Others: what was busy and is not of the "

@@ -7,11 +7,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from flashsloth import FlashSlothProcessor
 from pipelines.benchmarks.data_tables import growth_table, preparing_table, reading_table
-from pipelines.benchmarks.preparing import LoaderContestant, Photos, bare_loop
+from pipelines.benchmarks.preparing import CheckedPhotos, LoaderContestant, Photos, bare_loop
 from pipelines.benchmarks.processes import CpuMeter, machine_cpu_s, process_tree
 from pipelines.benchmarks.reading import MDS, MDS_ROWS, OURS, TARS, read_all, write_copies
 from pipelines.benchmarks.rounds import Rounds
@@ -46,9 +47,13 @@ def test_the_loop_and_the_loader_make_every_row(tmp_path: Path) -> None:
     """Text-only rows are none of theirs: the photos' corpus has an image in each."""
     rows = write_corpus(tmp_path, 3)
     write_processor(tmp_path)
-    photos = Photos(tmp_path, rows)
-    for figures in (bare_loop(photos), LoaderContestant(photos, 1)()):
+    photos, checked = Photos(tmp_path, rows), CheckedPhotos(tmp_path, rows)
+    for figures in (bare_loop(photos), bare_loop(checked), LoaderContestant(photos, 1)()):
         assert figures["rows_per_s"] == pytest.approx(3 / figures["seconds"])
+    for by_pillow, ours in zip(photos, checked, strict=True):
+        assert by_pillow.keys() == ours.keys()
+        for field, values in ours.items():
+            np.testing.assert_array_equal(by_pillow[field], values)
 
 
 def test_the_meter_counts_a_process_that_has_ended() -> None:
