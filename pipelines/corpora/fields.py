@@ -5,7 +5,7 @@ Each function takes a row as its format has parsed it, of whatever types, and ra
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pipelines.corpora import image_names
@@ -15,6 +15,8 @@ IMAGE_MARKER = "<image>"
 _OTHER_MEDIA = ("video", "videos", "audio", "audios")
 MEDIA = ("image", "images", *_OTHER_MEDIA)
 """Fields of a row that hold what is no text."""
+_TEXTS = {"id", "messages", "conversations", "question", "answer", "texts", "captions", "system", "question_types"}
+"""Fields that are read as text: what in them looks like the name of an image is a part of what is said."""
 
 
 def own_id(row: Any) -> str:
@@ -87,18 +89,22 @@ def turns(
             raise RowError("row_malformed", detail, own_id)
         if not isinstance(role, str) or role not in roles:
             raise RowError("row_malformed", f"turn {number} is from {role!r}; known: {', '.join(roles)}", own_id)
-        _check_heeded(turn, roles[role], number, own_id)
+        _check_heeded(turn, names, roles[role], number, own_id)
         found.append((roles[role], turn.get(names[1])))
     return found
 
 
-def _check_heeded(turn: Mapping[str, Any], role: str, number: int, own_id: str) -> None:
-    """Raise RowError where a turn says what would be lost: that it is not learned, or that it calls a tool."""
+def _check_heeded(turn: Mapping[str, Any], names: tuple[str, str], role: str, number: int, own_id: str) -> None:
+    """Raise RowError where a turn says what would be lost: that it is not learned, calls a tool, shows an image."""
     if turn.get("weight") == 0 and role == "assistant":
         raise RowError("row_malformed", f"turn {number} has weight 0, but every answer of a row is learned", own_id)
     call = next((field for field in ("tool_calls", "function_call") if turn.get(field)), None)
     if call:
         raise RowError("row_malformed", f"turn {number} has {call}; FlashSloth answers in text alone", own_id)
+    field = _image_field({name: value for name, value in turn.items() if name not in names})
+    if field is not None:
+        detail = f"turn {number} has {field!r}, where no image is looked for: name it in the row's own 'image'"
+        raise RowError("row_malformed", detail, own_id)
 
 
 def plain_messages(turns: list[tuple[str, Any]], own_id: str, name: str) -> list[Message]:
@@ -137,8 +143,7 @@ def record(row: dict[str, Any], own_id: str, messages: list[Message], image: str
 
 
 def _check_no_image(row: Mapping[str, Any], own_id: str) -> None:
-    seeming = (name for name in row if name not in MEDIA and image_names.seems_image(name))
-    field = next((name for name in seeming if _says_something(row[name])), None)
+    field = _image_field({name: value for name, value in row.items() if name not in {*MEDIA, *_TEXTS}})
     if field is not None:
         detail = (
             f"the row has {field!r} and no 'image', which alone is read: rename it, or drop it where it is no image"
@@ -146,11 +151,25 @@ def _check_no_image(row: Mapping[str, Any], own_id: str) -> None:
         raise RowError("row_malformed", detail, own_id)
 
 
-def _says_something(value: Any) -> bool:
-    """Whether `value` has a text in it that is not empty."""
-    if isinstance(value, dict | list):
-        return any(map(_says_something, value.values() if isinstance(value, dict) else value))
-    return isinstance(value, str) and bool(value.strip())
+def _image_field(fields: Mapping[str, Any]) -> str | None:
+    """The first of `fields` that is an image or names one, by what it is called or by what it holds."""
+    for name, value in fields.items():
+        if image_names.seems_image(name) and any(text.strip() for text in _texts(value)):
+            return name
+        if any(map(image_names.names_image, _texts(value))):
+            return name
+    return None
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The texts in `value`, however deep they lie."""
+    waiting = [value]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, str):
+            yield part
+        elif isinstance(part, dict | list):
+            waiting += part.values() if isinstance(part, dict) else part
 
 
 def _system(value: Any, own_id: str) -> list[Message]:

@@ -1,5 +1,7 @@
 """What a field is called that is an image or names one: image_url, img, decoded_image, imagePath, photo_2.
 
+Whatever it is called, a field names one whose value does: file_name: "a.jpg", media: "data:image/png;...".
+
 Of such fields `image` and `images` are read. A row or a file without these, and with one of the others, would become a
 row of text about an image that nobody has seen.
 """
@@ -10,6 +12,8 @@ import re
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")  # of image_url, imageUrl and IMAGE_URL; digits are none
 _IMAGE = re.compile(r"(image|img|jpe?g|png|webp|picture|pic|photo)s?(file)?(name|path|uri|url|bytes|data|base|b)?s?")
+_FILE = re.compile(r"data:image/.*|[^\s<>]*[^\s<>/]\.(jpe?g|png|webp|bmp|tiff?|gif)([?#]\S*)?", re.I | re.DOTALL)
+_LONGEST_NAME = 4096  # characters
 # What follows on the word tells what the field is: an id, a size or a text is none, however it came by its type.
 _OF_AN_IMAGE = {
     *("id", "ids", "idx", "index", "key", "uid", "uuid", "hash", "phash", "md", "sha"),
@@ -28,3 +32,9 @@ def seems_image(field: str) -> bool:
     if place is None or _BEFORE_A_COUNT.intersection(words[:place]):
         return False
     return not _OF_AN_IMAGE.intersection(words[place + 1 :])
+
+
+def names_image(value: str) -> bool:
+    """Whether a text is the path or the address of an image, or the image itself as a data URI, and nothing else."""
+    text = value.strip()
+    return bool(_FILE.fullmatch(text)) if len(text) <= _LONGEST_NAME else text[:11].lower() == "data:image/"

@@ -62,6 +62,11 @@ def test_what_is_called_otherwise(field: str) -> None:
             {"image_1": "", "image_2": "a.jpg"},
             {"img": "", "image_url": "a.jpg"},
             {"image_path": "a.jpg", "image": None},
+            {"file_name": "train/a.JPG"},
+            {"source": "coco", "media": [{"kind": "still", "at": "http://host/a.png?width=3"}]},
+            {"image_id": "a.webp"},
+            {"blob": "data:image/png;base64,AAAA"},
+            {"deep": json.loads("[" * 900 + '"a.jpg"' + "]" * 900)},
         ),
     ],
 )
@@ -69,7 +74,7 @@ def test_a_row_whose_image_has_another_name_is_no_row_of_text(tmp_path: Path, fo
     path = tmp_path / "corpus.jsonl"
     path.write_text("\n".join(json.dumps(TEXTS[form] | more) for more in ({"id": "r", **named}, {"id": "good"})))
     bad, good = read_rows(form, path)
-    field = next(name for name, value in named.items() if value)
+    field = next(name for name, value in named.items() if value and name != "source")
     assert (error(bad).reason, error(bad).id) == ("row_malformed", "r")
     assert error(bad).detail.startswith(f"the row has '{field}' and no 'image', which alone is read: rename it, or")
     assert records([good])[0].id == "good"
@@ -80,12 +85,32 @@ def test_a_row_whose_image_has_another_name_is_no_row_of_text(tmp_path: Path, fo
     [
         *({"image_path": ""}, {"img": None}, {"images_path": []}, {"image_url": [""]}, {"photo": {"url": None}}),
         *({"image_id": "17"}, {"image": "", "image_width": 3}, {"has_image": "no"}, {"image_crop": [0, 1]}),
+        *({"id": "a.jpg"}, {"source": "all of png"}, {"note": "see a.jpg"}, {"host": "example.org"}, {"kind": ".png"}),
+        {"note": "<b>.png"},
     ],
 )
 def test_a_row_of_text_may_tell_that_it_has_no_image(tmp_path: Path, other: dict[str, Any]) -> None:
     for form, row in TEXTS.items():
         (tmp_path / "corpus.jsonl").write_text(json.dumps(row | other))
         assert records(read_rows(form, tmp_path / "corpus.jsonl"))[0].image is None
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"images": ["a.jpg"]}, {"image": "a.jpg"}, {"attachments": [{"url": "http://host/a.jpg"}]}, {"img": "AAAA"}],
+)
+def test_a_turn_with_an_image_of_its_own_is_not_read_without_it(tmp_path: Path, more: dict[str, Any]) -> None:
+    for form in ("messages", "llava", "sharegpt"):
+        [(field, (question, answer))] = TEXTS[form].items()
+        rows = [{field: [question | more, answer]}, {field: [question, answer | more], "image": "b.jpg"}]
+        rows.append({field: [question | dict.fromkeys(more), answer]})
+        (tmp_path / "corpus.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        first, second, good = read_rows(form, tmp_path / "corpus.jsonl")
+        [name] = more
+        for turn, bad in enumerate((first, second)):
+            assert error(bad).reason == "row_malformed"
+            assert error(bad).detail.startswith(f"turn {turn} has {name!r}, where no image is looked for: name it")
+        assert records([good])[0].image is None
 
 
 def test_a_row_with_its_image_may_have_other_names_of_it(tmp_path: Path) -> None:
