@@ -40,6 +40,7 @@ from pipelines.benchmarks.table import Bound, Report, Table
 
 BARE, OWN, LOOPS = "bare loop", "bare loop of our functions", "bare loop on each core"
 LOADER, WRITING = "DataLoader, nothing written", "DataLoader, batches written to disk"
+FROM_S3 = "DataLoader from S3, nothing written"
 LOCAL, S3, S3_TO_S3 = "prepare", "prepare to S3", "prepare from S3 to S3"
 _FEW, _WARM, _SHARING = 4, 1000, 600  # rows
 _REPEATS = 1.65  # rows to an image, as in mix665k
@@ -100,6 +101,7 @@ class _Bench:
         self.corpus = draw_corpus(work, settings.photos, settings.seed)
         self.rows = partial(write_rows, self.corpus, num_photos=settings.photos, seed=settings.seed)
         self.few, self.warm = self.rows(_FEW), self.rows(min(_WARM, settings.photos))
+        self._uploaded = storage.join(settings.s3, "photos") if settings.s3 else ""
         self.tables: list[Table] = []
         self.bounds: list[Bound] = []
         self.measured: dict[str, object] = {}
@@ -120,6 +122,9 @@ class _Bench:
             OWN: partial(bare_loop, CheckedPhotos(self.corpus, rows)),
         }
         contestants |= {LOOPS: loops, LOADER: loader, WRITING: writing, **ours}
+        if self.settings.s3:
+            uploaded = Photos(self.corpus, rows, self._uploaded)
+            contestants[FROM_S3] = LoaderContestant(uploaded, cores)
         rounds = take_turns(contestants, self.settings.rounds, _say)
         again = {name: contestant.again() for name, contestant in ours.items()}
         writing.drop()
@@ -137,7 +142,7 @@ class _Bench:
             # What the cores of a machine do together, where they share caches or are threads of one core.
             share = rounds.ratio(name, LOOPS, "rows_per_s").median
             self._bound(f"{name}: share of {LOOPS}", share, at_least=0.85)
-            for rival in (LOADER, WRITING):
+            for rival in (FROM_S3,) if name == S3_TO_S3 else (LOADER, WRITING):
                 ratio = rounds.ratio(name, rival, "rows_per_s").median
                 self._bound(f"{name}: rate by that of {rival}, with {cores} workers", ratio, at_least=1)
             self._bound(f"{name}: seconds of a second run", again[name], at_most=10)
@@ -146,9 +151,9 @@ class _Bench:
     def _preparations(self, rows: Path) -> dict[str, PrepareContestant]:
         ours = {name: PrepareContestant(self.corpus, rows, self.few, place) for name, place in self.places.items()}
         if self.settings.s3:
-            photos = upload_photos(self.corpus, storage.join(self.settings.s3, "photos"))
+            upload_photos(self.corpus, self._uploaded)
             output = storage.join(self.settings.s3, "from-s3")
-            ours[S3_TO_S3] = PrepareContestant(self.corpus, rows, self.few, output, image_root=photos)
+            ours[S3_TO_S3] = PrepareContestant(self.corpus, rows, self.few, output, image_root=self._uploaded)
         return ours
 
     def grow(self) -> None:

@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import torch
 from PIL import Image
@@ -44,10 +45,16 @@ _UPLOADS = 16  # at once
 
 
 class Photos(Dataset[dict[str, Any]]):
-    """The rows of a corpus, each made a sample when it is asked for, with Pillow."""
+    """The rows of a corpus, each made a sample when it is asked for, with Pillow.
 
-    def __init__(self, corpus: Path, rows: Path) -> None:
-        self.corpus = corpus
+    Args:
+        corpus: the photos and the processor.
+        rows: the corpus file.
+        image_root: where the photos are read, if not in `corpus`: an s3:// folder, by s3fs.
+    """
+
+    def __init__(self, corpus: Path, rows: Path, image_root: str | None = None) -> None:
+        self.image_root = image_root or str(corpus)
         self.records = [record(json.loads(line)) for line in rows.read_text(encoding="utf-8").splitlines()]
         self.processor = FlashSlothProcessor.from_pretrained(corpus / "processor")
 
@@ -57,8 +64,11 @@ class Photos(Dataset[dict[str, Any]]):
     def __getitem__(self, row: int) -> dict[str, Any]:
         """Decode, resize, tokenize."""
         record = self.records[row]
-        pixels = self.pixels((self.corpus / str(record.image)).read_bytes())
+        pixels = self.pixels(self._read(f"{self.image_root}/{record.image!s}"))
         return {**self.processor.encode(record.messages, has_image=True), "pixel_values": pixels}
+
+    def _read(self, path: str) -> bytes:
+        return fsspec.filesystem("s3").cat_file(path) if path.startswith("s3://") else Path(path).read_bytes()
 
     def pixels(self, data: bytes) -> np.ndarray:
         """A JPEG -> `uint8[1, 3, 384, 384]`."""
@@ -208,8 +218,8 @@ class PrepareContestant:
             remove(self.settings(rows).output)
 
 
-def upload_photos(corpus: Path, uri: str) -> str:
-    """Put the photos of `corpus` below `uri`, under the names that its rows give them; returns `uri`."""
+def upload_photos(corpus: Path, uri: str) -> None:
+    """Put the photos of `corpus` below `uri`, under the names that its rows give them."""
 
     def put(photo: Path) -> None:
         storage.write_bytes(storage.join(uri, photo.relative_to(corpus).as_posix()), photo.read_bytes())
@@ -217,7 +227,6 @@ def upload_photos(corpus: Path, uri: str) -> str:
     with ThreadPoolExecutor(_UPLOADS) as threads:
         for _ in threads.map(put, sorted(corpus.glob("images/*.jpg"))):
             pass
-    return uri
 
 
 def remove(uri: str) -> None:
