@@ -20,7 +20,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGES = ("flashsloth", "pipelines", "jobs")
 
 # What a core install brings: the model library has to make do with it.
-CORE = {"torch", "transformers", "tokenizers", "huggingface_hub", "PIL", "numpy", "safetensors"}
+CORE = {"torch", "transformers", "tokenizers", "huggingface_hub", "PIL", "numpy", "numba", "safetensors"}
 # Rooms of pipelines that know nothing of each other; prepare, feed, training and serving put them together.
 ROOMS = ("pipelines.corpora", "pipelines.shards", "pipelines.encode")
 # What takes seconds and hundreds of megabytes to import. A job asks for it once its flags are read; these never do.
