@@ -46,7 +46,7 @@ class EngineStats:
     batch_size: int
     """Rows of the last decode step."""
     prefill_tokens: int
-    """Prompt tokens read, visual tokens included, padding not."""
+    """Prompt tokens read or copied, visual tokens included, padding not."""
     generated_tokens: int
     images_encoded: int
     image_cache_hits: int

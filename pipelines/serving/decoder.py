@@ -13,7 +13,9 @@ from pipelines.serving.cuda_graphs import GraphedStep
 from pipelines.serving.fused_phi import FusedPhi
 from pipelines.serving.images import ImageStore
 from pipelines.serving.prompts import Prompt
-from pipelines.serving.slots import DecodeStep, Prefill, Slots
+from pipelines.serving.shared_prefix import SharedPrefix
+from pipelines.serving.slot_attention import DecodeStep, Prefill
+from pipelines.serving.slots import Slots
 
 
 class Decoder:
@@ -35,12 +37,14 @@ class Decoder:
         self._phi = FusedPhi(model.model.language_model)
         config = model.config
         # A placeholder is no word: fed back, it would ask for an image or a query that nobody gave.
+        placeholders = [config.image_token_id, config.query_token_id]
         self._forbidden = torch.zeros(config.text_config.vocab_size, device=model.device)
-        self._forbidden[[config.image_token_id, config.query_token_id]] = -torch.inf
+        self._forbidden[placeholders] = -torch.inf
+        self._prefix = SharedPrefix(slots, placeholders)
         self._graphs = GraphedStep(self._step, slots) if cuda_graphs else None
 
     def prefill(self, prompts: Sequence[Prompt], slot: int) -> torch.Tensor:
-        """Read whole prompts into the slots from `slot` on.
+        """Read whole prompts into the slots from `slot` on; what they begin with is copied where it is known.
 
         Returns:
             The logits of each prompt's next token, float32[len(prompts), vocabulary].
@@ -48,19 +52,21 @@ class Decoder:
         Raises:
             ValueError: the query tokens of a prompt do not match its turns.
         """
-        samples = [{"input_ids": prompt.input_ids, "question_ids": prompt.question_ids} for prompt in prompts]
+        start = self._prefix.place(prompts, slot)
+        samples = [{"input_ids": p.input_ids[start:], "question_ids": p.question_ids[start:]} for p in prompts]
         batch = collate(samples, self.model.config.pad_token_id or 0, padding_side="right")
         device = self.model.device
         input_ids, question_ids = batch["input_ids"].to(device), batch["question_ids"].to(device)
         image = self.images.encode(prompts)
         hidden = self._phi(
             self.model.model.embed(input_ids, image),
-            torch.arange(input_ids.shape[1], device=device)[None],
-            Prefill(self.slots, slot),
+            torch.arange(start, start + input_ids.shape[1], device=device)[None],
+            Prefill(self.slots, slot, start),
             None if image is None else plan_queries(input_ids, question_ids, self.model.config),
             None if image is None else image.last_hidden_state,
         )
-        last = torch.tensor([len(prompt.input_ids) - 1 for prompt in prompts], device=device)
+        self._prefix.keep(prompts, slot)
+        last = torch.tensor([len(sample["input_ids"]) - 1 for sample in samples], device=device)
         return self._logits(hidden[torch.arange(len(prompts), device=device), last])
 
     def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:

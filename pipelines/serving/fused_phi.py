@@ -21,9 +21,9 @@ from transformers import PhiModel
 from flashsloth.embedded_query import QueryPlan
 from pipelines.serving.fused_linear import activation_in_place, join_weights
 
-Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
-"""Queries float[B, H, S, D], keys and values float[B, H, S, D] of the new positions and the index of the layer, to what
-the queries find, float[B, H, S, D]. Where older keys and values come from is its affair."""
+Attend = Callable[[Tensor, int], Tensor]
+"""The heads of the new positions, those of values, keys and queries side by side, float[B, S, heads, D], and the index
+of the layer, to what the queries find, float[B, S, H, D]. Where older keys and values come from is its affair."""
 
 
 class FusedPhi:
@@ -95,17 +95,15 @@ class FusedLayer:
         projected = F.linear(self.norm(hidden.flatten(0, 1)), self.weight_in, self.bias_in)
         split = (queries + 2 * keys) * self.head_width
         heads = projected[:, :split].view(*hidden.shape[:2], -1, self.head_width)
-        value, key, query = heads.split([keys, keys, queries], dim=2)
+        query = heads[:, :, 2 * keys :]
         if self.head_norms is not None:
-            for norm, part in zip(self.head_norms, (query, key), strict=True):
+            for norm, part in zip(self.head_norms, (query, heads[:, :, keys : 2 * keys]), strict=True):
                 part.copy_(norm(part))
         cos, sin = rotation
         turning = heads[:, :, keys:, : cos.shape[-1]]
         turning.copy_((turning * cos).addcmul_(turning.roll(cos.shape[-1] // 2, dims=-1), sin))
         # What is found takes the place of the queries, beside the inner MLP: the second product reads both at once.
-        query.copy_(
-            attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), self.index).transpose(1, 2)
-        )
+        query.copy_(attend(heads, self.index))
         self.activate(projected[:, split:])
         outward = projected[:, 2 * keys * self.head_width :]
         return F.linear(outward, self.weight_out, self.bias_out).view_as(hidden).add_(hidden)

@@ -10,7 +10,8 @@ import torch
 from flashsloth import FlashSlothConfig, FlashSlothForConditionalGeneration
 from pipelines.serving.engine_settings import EngineSettings
 from pipelines.serving.fused_phi import FusedPhi
-from pipelines.serving.slots import Prefill, Slots
+from pipelines.serving.slot_attention import Prefill
+from pipelines.serving.slots import Slots
 from tests.fixtures.tiny import build_processor, build_tiny_model
 
 VARIANTS: list[dict[str, Any]] = [

@@ -7,6 +7,7 @@ import gc
 import pickle
 import weakref
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -54,7 +55,10 @@ def test_a_request_that_has_ended_is_let_go_of_at_once(engine: Engine) -> None:
         assert isinstance(await desk.answer(prompts.pop()), Reply)
         assert all(isinstance(piece, Reply) for piece in await pieces_of(desk, prompts.pop()))
         await free(engine)
-        await asyncio.sleep(0.2)  # the engine's thread comes to its end of the step
+        with suppress(TimeoutError):
+            async with asyncio.timeout(PATIENCE_S):
+                while any(prompt() for prompt in held):  # the engine's thread comes to its end of the step
+                    await asyncio.sleep(0.001)
         return [prompt() is not None for prompt in held]
 
     gc.collect()

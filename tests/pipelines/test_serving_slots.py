@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import PhiConfig
 
 from pipelines.serving.cuda_graphs import size_class
 from pipelines.serving.engine_settings import EngineSettings
-from pipelines.serving.slots import DecodeStep, Prefill, Slots
+from pipelines.serving.slot_attention import DecodeStep, Prefill
+from pipelines.serving.slots import Slots
 
 CPU = torch.device("cpu")
 CONFIG = PhiConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=3, max_position_embeddings=64)
@@ -36,29 +40,40 @@ def test_a_budget_below_one_slot_and_a_length_beyond_the_model_are_refused() -> 
         allocate(max_length=65)
 
 
-def test_decoding_in_slots_is_attention_over_what_each_row_has() -> None:
-    """Prompts of two lengths, padded, then two tokens each, against attention without slots."""
+@pytest.mark.parametrize(("num_keys", "dtype"), [(4, torch.float32), (2, torch.float32), (4, torch.bfloat16)])
+@pytest.mark.parametrize("start", [0, 2])
+def test_decoding_in_slots_is_attention_over_what_each_row_has(num_keys: int, dtype: torch.dtype, start: int) -> None:
+    """Prompts of two lengths, padded, maybe begun already, then two tokens each, against attention without slots."""
     torch.manual_seed(0)
-    slots = allocate(max_slots=4)
+    config = PhiConfig(**(CONFIG.to_dict() | {"num_key_value_heads": num_keys}))
+    slots = Slots.allocate(config, EngineSettings(max_slots=5), dtype, CPU)
     slots.states.normal_()  # what former requests left
+    before = slots.states.clone()
     lengths, layer = [5, 3], 1
-    query, key, value = torch.randn(3, 2, 4, 7, 8)
-    found = Prefill(slots, 0)(query[:, :, :5], key[:, :, :5], value[:, :, :5], layer)
+    query, key, value = torch.randn(2, 7, 4, 8), *torch.randn(2, 2, 7, num_keys, 8)
+    heads = torch.cat((value, key, query), dim=2).to(dtype)
+
+    def attended(row: int, at: list[int], seen: list[int]) -> torch.Tensor:
+        """What the queries `at` find in the positions `seen`: float[len(at), H, D]."""
+        value, key, query = heads[row].split([num_keys, num_keys, 4], dim=1)
+        parts = [part.transpose(0, 1) for part in (query[at], key[seen], value[seen])]
+        mask = torch.tensor(seen) <= torch.tensor(at)[:, None]
+        return F.scaled_dot_product_attention(*parts, attn_mask=mask, enable_gqa=num_keys < 4).transpose(0, 1)
+
+    close = partial(torch.testing.assert_close, **({} if dtype == torch.float32 else {"atol": 0.03, "rtol": 0.03}))
+    if start:
+        Prefill(slots, 0)(heads[:, :start], layer)
+    found = Prefill(slots, 0, start)(heads[:, start:5], layer)
     for row, length in enumerate(lengths):
-        part = [states[row, :, :length] for states in (query, key, value)]
-        expected = torch.nn.functional.scaled_dot_product_attention(*part, is_causal=True)
-        torch.testing.assert_close(found[row, :, :length], expected)
-    for new in (5, 6):  # the place of the new token in `query`, `key` and `value`
+        close(found[row, : length - start], attended(row, [*range(start, length)], [*range(length)]))
+    for new in (5, 6):  # the place of the new token in `heads`
         positions = torch.tensor([length + new - 5 for length in lengths])
-        step = DecodeStep(slots, positions, int(positions.max()) + 1)
-        one = slice(new, new + 1)
-        found = step(query[:, :, one], key[:, :, one], value[:, :, one], layer)
+        found = DecodeStep(slots, positions, int(positions.max()) + 1)(heads[:, new : new + 1], layer)
         for row, length in enumerate(lengths):
-            seen = [*range(length), *range(5, new + 1)]
-            expected = torch.nn.functional.scaled_dot_product_attention(
-                query[row, :, one], key[row][:, seen], value[row][:, seen]
-            )
-            torch.testing.assert_close(found[row], expected)
+            close(found[row], attended(row, [new], [*range(length), *range(5, new + 1)]))
+    assert torch.equal(slots.states[:, [0, 2]], before[:, [0, 2]])  # the other layers
+    assert torch.equal(slots.states[:, 1, 2:], before[:, 1, 2:])  # the other slots
+    assert torch.equal(slots.states[:, 1, :, :, 7:], before[:, 1, :, :, 7:])  # the positions behind
 
 
 def test_a_slot_moves_as_far_as_it_is_filled() -> None:
