@@ -6,7 +6,8 @@ images, unless rows are packed), C query slots of an image and E of a row (the m
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -94,6 +95,16 @@ class QueryPlan:
         none = torch.zeros(0, dtype=torch.long, device=device)
         visible = torch.ones(1, 1, num_query_tokens, length, dtype=torch.bool, device=device)
         return cls(torch.zeros(1, dtype=torch.long, device=device), none, none, visible, none, num_query_tokens)
+
+    def to(self, device: torch.device) -> QueryPlan:
+        """The plan on `device`.
+
+        Making it takes dozens of small operations, some of which wait for their result: on the CPU, no GPU is held up.
+        """
+        moved: dict[str, Any] = {
+            name: part.to(device) for name, part in vars(self).items() if isinstance(part, torch.Tensor)
+        }
+        return replace(self, **moved)
 
 
 def _numbered(owner: torch.Tensor, num_owners: int) -> tuple[torch.Tensor, int]:

@@ -178,7 +178,11 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
         return self.project_patches(features), absent
 
     def embed(
-        self, input_ids: torch.Tensor, image: BaseModelOutputWithPooling | None, absent: bool = False
+        self,
+        input_ids: torch.Tensor,
+        image: BaseModelOutputWithPooling | None,
+        absent: bool = False,
+        device: torch.device | None = None,
     ) -> torch.Tensor:
         """Token embeddings with visual and query tokens at their placeholders: float[B, S, D].
 
@@ -186,23 +190,26 @@ class FlashSlothModel(FlashSlothPreTrainedModel):
             input_ids: int64[B, S].
             image: what `get_image_features` gives for the images, row by row, or None without any.
             absent: `image` is a stand-in that no placeholder belongs to.
+            device: of the model, where `input_ids` are not there: on the CPU, they are checked without waiting for what
+                a GPU is still doing.
         """
         embed = self.get_input_embeddings()
-        embeds = embed(input_ids)
+        device = device or input_ids.device
+        embeds = embed(input_ids.to(device))
         visual = None if image is None or absent else image.pooler_output
         image_mask = input_ids == self.config.image_token_id
         check_images(image_mask, visual, self.config.num_image_tokens)
         if visual is not None:
-            embeds = embeds.masked_scatter(image_mask[..., None], visual.to(embeds.dtype))
+            embeds = embeds.masked_scatter(image_mask[..., None].to(device), visual.to(embeds.dtype))
         elif image is not None:
             embeds = embeds + 0.0 * image.pooler_output.to(embeds.dtype).mean()
 
         query_mask = input_ids == self.config.query_token_id
         turns = count_turns(query_mask, self.config.num_query_tokens)
-        bias = embed(torch.full((1,), self.config.query_bias_token_id, device=input_ids.device))
+        bias = embed(torch.full((1,), self.config.query_bias_token_id, device=device))
         queries = (self.query_tokens.to(embeds.dtype) + bias).repeat(max(turns, 1), 1)
         if turns:
-            return embeds.masked_scatter(query_mask[..., None], queries)
+            return embeds.masked_scatter(query_mask[..., None].to(device), queries)
         return embeds + 0.0 * queries.mean() if self.training else embeds
 
     @can_return_tuple

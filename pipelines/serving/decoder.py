@@ -55,14 +55,16 @@ class Decoder:
         start = self._prefix.place(prompts, slot)
         samples = [{"input_ids": p.input_ids[start:], "question_ids": p.question_ids[start:]} for p in prompts]
         batch = collate(samples, self.model.config.pad_token_id or 0, padding_side="right")
-        device = self.model.device
-        input_ids, question_ids = batch["input_ids"].to(device), batch["question_ids"].to(device)
-        image = self.images.encode(prompts)
+        input_ids, device = batch["input_ids"], self.model.device
+        # Tokens stay on the CPU: what is checked and planned there need not wait for the images on a GPU.
+        image, plan = self.images.encode(prompts), None
+        if image is not None:
+            plan = plan_queries(input_ids, batch["question_ids"], self.model.config).to(device)
         hidden = self._phi(
-            self.model.model.embed(input_ids, image),
+            self.model.model.embed(input_ids, image, device=device),
             torch.arange(start, start + input_ids.shape[1], device=device)[None],
             Prefill(self.slots, slot, start),
-            None if image is None else plan_queries(input_ids, question_ids, self.model.config),
+            plan,
             None if image is None else image.last_hidden_state,
         )
         self._prefix.keep(prompts, slot)

@@ -138,3 +138,13 @@ def test_the_idle_plan_changes_nothing_and_reaches_every_parameter(
     result.sum().backward()
     for name, parameter in module.named_parameters():
         assert parameter.grad is not None and not parameter.grad.any(), name
+
+
+def test_a_plan_moves_as_a_whole(config: FlashSlothConfig) -> None:
+    input_ids, question_ids = layout([[("image", 45, 0), ("question", 4, 1), ("query", 3, 1)]])
+    plan = QueryPlan.build(question_ids, input_ids == QUERY, input_ids == IMAGE, config.num_image_tokens)
+    moved = plan.to(torch.device("meta"))
+    assert moved.slots_per_image == plan.slots_per_image
+    for name, part in vars(plan).items():
+        if isinstance(part, torch.Tensor):
+            assert vars(moved)[name].is_meta and vars(moved)[name].shape == part.shape, name
