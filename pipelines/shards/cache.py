@@ -49,6 +49,9 @@ class ShardCache:
                 yield
             finally:
                 lock.unlink(missing_ok=True)
+                # Not left to the closing of the file: a process that was forked meanwhile has it open, too, and would
+                # hold the lock, for which it may itself wait.
+                fcntl.flock(file, fcntl.LOCK_UN)
 
     def _store(self, path: Path, size: int, fetch: Callable[[Path], None]) -> None:
         self._make_room(size)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,14 +28,13 @@ class Prefetcher:
     """A cache that is filled in the order in which shards are read, by threads. Threads may ask at once.
 
     Processes that share a cache fetch different shards at the same time, since each waits for what another one has
-    begun. A process that was forked starts threads of its own.
+    begun. One that was forked needs a prefetcher of its own.
     """
 
     def __init__(self, cache: ShardCache) -> None:
         self.cache = cache
         self._lock = Lock()
-        self._process = -1
-        self._threads: ThreadPoolExecutor
+        self._threads: ThreadPoolExecutor | None = None
         self._coming: dict[str, Future[Path]] = {}
 
     def get(self, shard: RemoteShard, following: Sequence[RemoteShard]) -> Path:
@@ -45,7 +43,7 @@ class Prefetcher:
         Raises: what the fetching of `shard` raises; those of `following` raise when they are asked for.
         """
         with self._lock:
-            coming = self._coming.pop(shard.sha256, None) if self._process == os.getpid() else None
+            coming = self._coming.pop(shard.sha256, None)
             for later in following:
                 self._set_out(later)
         if coming is not None:
@@ -55,8 +53,7 @@ class Prefetcher:
     def _set_out(self, shard: RemoteShard) -> None:
         if self.cache.has(shard.sha256):
             return
-        if self._process != os.getpid():
-            self._process, self._coming = os.getpid(), {}
+        if self._threads is None:
             self._threads = ThreadPoolExecutor(AHEAD, thread_name_prefix="shard-fetch")
         # What has come is kept for its error alone; never more under way than there are threads, so nobody waits in a
         # queue for the shard that he is to read now.

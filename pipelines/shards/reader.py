@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import pyarrow as pa
@@ -50,12 +51,25 @@ _ARRAY_FIELDS = {"pixels": "pixel_values", "features": "patch_features"}
 _UNPICKLED = ("_lock", "_open", "_checked", "_prefetcher")
 
 
+_DATASETS: WeakSet[ShardedDataset] = WeakSet()
+
+
+def _begin_anew() -> None:
+    """In a process that was just forked: a lock that a thread of its parent held would stay locked for ever."""
+    for dataset in list(_DATASETS):
+        dataset._forget()
+
+
+os.register_at_fork(after_in_child=_begin_anew)
+
 _OwnRow = tuple[pa.RecordBatch, np.ndarray | None]
 """A row, and the memory that it lies in and that belongs to nobody else; None where there is none."""
 
 
 class ShardedDataset:
-    """The samples of a prepared folder, in a fixed order. Threads may read at once; a pickled copy opens its own files.
+    """The samples of a prepared folder, in a fixed order.
+
+    Threads may read at once. A pickled copy, and that of a process that was forked, opens its own files.
 
     Args:
         folder: where `jobs/prepare.py` wrote; a local path or any URI of fsspec.
@@ -158,6 +172,7 @@ class ShardedDataset:
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._checked: set[int] = set()
         self._prefetcher = Prefetcher(self.cache)
+        _DATASETS.add(self)
 
     def _cached(self, number: int) -> str:
         following = range(number + 1, min(number + 1 + AHEAD, self._num_mapped))
