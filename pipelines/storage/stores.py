@@ -33,6 +33,9 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     **{protocol: {"use_listings_cache": False} for protocol in ("gs", "gcs")},
 }
 _EXTRAS = {"gs": "gcs", "gcs": "gcs"}  # of pyproject.toml; what hf:// needs, transformers brings
+# Kept for good. fsspec forgets its own in a process that was forked, where they would be taken down and let go of the
+# connections that they share with the parent: which would then wait for an answer in vain until `read_timeout`.
+_KEPT: dict[int, fsspec.AbstractFileSystem] = {}
 _ONE_PUT = 5 * 2**30  # the largest object that S3 takes in one request, which leaves no parts behind when it fails
 
 
@@ -52,6 +55,7 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
         extra = _EXTRAS.get(protocol)
         remedy = f"pip install 'flashsloth[{extra}]'" if extra else str(error)
         raise StorageError(f"{uri}: nothing that is installed knows {protocol}://; {remedy}") from error
+    _KEPT[id(file_system)] = file_system
     if _is_s3(file_system):
         file_system.retries = 1  # s3fs would repeat what botocore has given up on, and multiply the attempts
     return file_system, path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import multiprocessing
 import os
 import threading
@@ -12,9 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fsspec import asyn
+from s3fs import S3FileSystem
 
+from pipelines import storage
 from pipelines.shards import ShardedDataset, reader
 from pipelines.shards.cache import ShardCache
+from pipelines.storage import stores
 from tests.shards import write_dataset
 
 PATIENCE_S = 30
@@ -95,3 +100,28 @@ def test_it_opens_a_shard_that_its_parent_is_opening(tmp_path: Path, monkeypatch
 
     with begun_by_a_thread(read), forked(read):
         pass
+
+
+@pytest.mark.s3
+def test_it_leaves_its_parent_the_connections_to_the_store(
+    s3_uri: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    once = {"read_timeout": 10, "retries": {"total_max_attempts": 1}}  # who waits in vain fails
+    options = stores._S3_OPTIONS
+    monkeypatch.setitem(options, "config_kwargs", options["config_kwargs"] | once)
+    uri = storage.join(s3_uri, "object")
+    storage.write_bytes(uri, b"data")
+
+    async def collect() -> None:
+        gc.collect()
+
+    def read() -> None:
+        storage.read_bytes(uri)
+        asyn.sync(asyn.get_loop(), collect)  # where Python itself collects while much is read
+
+    for _ in range(2):
+        with forked(read):
+            pass
+        assert storage.read_bytes(uri) == b"data"
+    assert "Traceback" not in capfd.readouterr().err
+    S3FileSystem.clear_instance_cache()
