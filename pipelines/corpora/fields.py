@@ -15,6 +15,8 @@ IMAGE_MARKER = "<image>"
 _OTHER_MEDIA = ("video", "videos", "audio", "audios")
 MEDIA = ("image", "images", *_OTHER_MEDIA)
 """Fields of a row that hold what is no text."""
+CONVERSATIONS = ("conversations", "messages", "texts")
+"""Fields of a row that hold turns, of which one alone is read."""
 _TEXTS = {"id", "messages", "conversations", "question", "answer", "texts", "captions", "system", "question_types"}
 """Fields that are read as text: what in them looks like the name of an image is a part of what is said."""
 
@@ -121,13 +123,17 @@ def record(row: dict[str, Any], own_id: str, messages: list[Message], image: str
     """A record with the `question_types` of `row`, a list with one text per user turn or nothing, and its `system`.
 
     A model has one system text, its processor's: a row that brings another is quarantined as `role_order`. So is, as
-    row_malformed, one that offers tools, which an answer would have to know of, and one without an image whose other
-    fields seem to name one.
+    row_malformed, one that offers tools, which an answer would have to know of, one with two conversations, and one
+    without an image whose other fields seem to name one.
     """
     if image is None:
         _check_no_image(row, own_id)
     if row.get("tools") not in (None, "", "[]", []):
         raise RowError("row_malformed", "the row has tools; FlashSloth answers in text alone", own_id)
+    talks = [name for name in CONVERSATIONS if _is_talk(row.get(name))]
+    if len(talks) > 1:
+        detail = f"the row has {' and '.join(talks)}, of which one would be lost; drop one"
+        raise RowError("row_malformed", detail, own_id)
     types = row.get("question_types") or []
     if not isinstance(types, list) or not all(isinstance(kind, str) for kind in types):
         raise RowError("row_malformed", "'question_types' is a list of texts", own_id)
@@ -140,6 +146,10 @@ def record(row: dict[str, Any], own_id: str, messages: list[Message], image: str
         image,
         [text(kind, "question_types", own_id) for kind in types],
     )
+
+
+def _is_talk(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(turn, dict) for turn in value)
 
 
 def _check_no_image(row: Mapping[str, Any], own_id: str) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pyarrow as pa
 
 from pipelines.corpora import fields, image_names, typed_content
+from pipelines.corpora.fields import CONVERSATIONS
 from pipelines.records import FileFormatError
 
-CONVERSATIONS = ("conversations", "messages", "texts")
 CAPTIONS = ("caption", "text")
 _IMAGES = ("image", "images")
 READ = ("id", *fields.MEDIA, *CONVERSATIONS, "question", "answer", *CAPTIONS, "system", "tools", "question_types")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipelines.corpora.parquet_columns import CONVERSATIONS
+from pipelines.corpora.fields import CONVERSATIONS
 from pipelines.records import RowError
 
 

@@ -43,6 +43,19 @@ def test_tools_that_a_row_offers_are_refused_and_none_are_nothing(tmp_path: Path
     assert len(records(others)) == 4
 
 
+def test_of_two_conversations_none_is_lost_in_silence(tmp_path: Path) -> None:
+    other = {
+        "messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "B"}],
+        "texts": [{"user": "Q", "assistant": "B"}],
+    }
+    rows: list[Any] = [{"conversations": turns("Q", "A"), field: value} for field, value in other.items()]
+    rows += [{"conversations": turns("Q", "A"), field: value} for field in other for value in ([], None, ["EXIT", "2"])]
+    read = read_rows("sharegpt", write(tmp_path, *rows))
+    for field, refused in zip(other, read[: len(other)], strict=True):
+        assert (error(refused).reason, field in error(refused).detail) == ("row_malformed", True)
+    assert len(records(read[len(other) :])) == len(rows) - len(other)
+
+
 def test_the_image_and_its_marker(tmp_path: Path) -> None:
     rows = [{"images": ["a.jpg"], "conversations": turns("<image>Q", "A")}, {"conversations": turns("<image>Q", "A")}]
     first, second = read_rows("sharegpt", write(tmp_path, *rows))
