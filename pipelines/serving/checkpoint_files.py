@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from pipelines.storage import download, filesystem, is_local, join, list_sizes, sha256
+from pipelines.storage.scratch import scratch
 
 EXPORT_LIST = "export.json"
 """Written last into an export, with the sha256 of each file. Folders from elsewhere have none."""
@@ -38,11 +38,11 @@ def local_folder(checkpoint: str | Path, with_weights: bool = True) -> Iterator[
     if is_local(uri):
         yield Path(path)
         return
-    with tempfile.TemporaryDirectory(prefix="flashsloth-checkpoint-") as copy:
+    with scratch("checkpoint") as copy:
         for name in list_sizes(uri):
             if with_weights or not name.endswith(WEIGHTS):
-                download(join(uri, name), Path(copy) / name)
-        yield Path(copy)
+                download(join(uri, name), copy / name)
+        yield copy
 
 
 def check_folder(checkpoint: str | Path) -> None:

@@ -10,6 +10,9 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+_ABANDONED_S = 3600
+"""A part into which nothing was written for so long is a killed process's: every wait of a fetch is much shorter."""
+
 
 class ShardCache:
     """Files named by their content, so an entry is never stale.
@@ -69,9 +72,11 @@ class ShardCache:
         used: dict[str, tuple[float, int]] = {}
         for file in os.scandir(self.folder):
             with contextlib.suppress(FileNotFoundError):  # another process makes room at the same time
+                facts = file.stat()
                 if file.name.endswith(".arrow"):
-                    facts = file.stat()
                     used[file.path] = (facts.st_mtime, facts.st_size)
+                elif file.name.endswith(".part") and facts.st_mtime < time.time() - _ABANDONED_S:
+                    os.unlink(file.path)
         held = sum(size for _, size in used.values())
         for path, (_, size) in sorted(used.items(), key=lambda item: item[1]):
             if held + needed <= self.max_bytes:

@@ -9,11 +9,9 @@ and it says so. It never starts from step 0 in silence. `pipelines.training.save
 from __future__ import annotations
 
 import hashlib
-import shutil
-import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pipelines import storage
 from pipelines.feed import Position
 from pipelines.storage.faults import naming
+from pipelines.storage.scratch import new_scratch, remove_scratch, scratch
 from pipelines.training.ranks import Ranks
 from pipelines.training.state import load_state
 
@@ -178,11 +177,12 @@ def verified(uri: str, ranks: Ranks) -> Iterator[tuple[CheckpointManifest, Path]
         return
     local = storage.is_local(uri)
     word = ranks.share(uuid.uuid4().hex)
-    folder = Path(uri) if local else Path(tempfile.gettempdir()) / f"flashsloth-restore-{word}"
+    folder = Path(uri)
     try:
         mine = manifest.files[ranks.local_rank :: ranks.local_world_size]
         problem: str | Exception | None
         try:
+            folder = folder if local else new_scratch("restore", word)
             problem = (None if local else _fetch(uri, mine, folder)) or find_problem(folder, mine)
         except (OSError, ValueError) as error:  # a store that does not answer is no damage: never fall back for it
             problem = error
@@ -190,10 +190,8 @@ def verified(uri: str, ranks: Ranks) -> Iterator[tuple[CheckpointManifest, Path]
         if isinstance(problem, Exception):
             raise CheckpointError(f"{uri} cannot be read: {problem}") from problem
         yield problem or (manifest, folder)
-        ranks.barrier()  # nobody removes what another one reads
     finally:
-        if not local and ranks.local_rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)
+        remove_scratch(folder)
 
 
 @contextmanager
@@ -208,15 +206,11 @@ def opened(uri: str) -> Iterator[tuple[CheckpointManifest, Path]]:
     if isinstance(manifest, str):
         raise CheckpointError(f"{uri}: {manifest}")
     local = storage.is_local(uri)
-    folder = Path(uri) if local else Path(tempfile.mkdtemp(prefix="flashsloth-checkpoint-"))
-    try:
+    with nullcontext(Path(uri)) if local else scratch("checkpoint") as folder:
         problem = (None if local else _fetch(uri, manifest.files, folder)) or find_problem(folder, manifest.files)
         if problem:
             raise CheckpointError(f"{uri}: {problem}")
         yield manifest, folder
-    finally:
-        if not local:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def find_problem(folder: Path, entries: Sequence[FileEntry]) -> str | None:
@@ -259,7 +253,6 @@ def remove(run_uri: str, name: str) -> None:
 
 
 def _fetch(uri: str, entries: Sequence[FileEntry], folder: Path) -> str | None:
-    folder.mkdir(exist_ok=True)
     file_system, path = storage.filesystem(uri)
     for entry in entries:
         try:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import glob
 import hashlib
 import shutil
-import tempfile
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from transformers import PreTrainedModel
 
 from flashsloth import FlashSlothConfig, FlashSlothForConditionalGeneration, FlashSlothProcessor
 from pipelines import storage
+from pipelines.storage.scratch import new_scratch, remove_scratch
 
 MANIFEST_NAME = "export.json"
 _LARGEST_FILE = "4GB"
@@ -55,7 +55,7 @@ def write_export(
 ) -> None:
     """Save `state_dict` as a checkpoint of `model`'s kind, with its processor, at the folder or URI `target`."""
     local = storage.is_local(target)
-    parent = Path(target).parent if local else Path(tempfile.mkdtemp(prefix="flashsloth-export-"))
+    parent = Path(target).parent if local else new_scratch("export")
     for ending in (_PART, _OLD):  # left by an export that was killed
         for remains in parent.glob(f".{glob.escape(Path(target).name)}.*{ending}"):
             shutil.rmtree(remains, ignore_errors=True)
@@ -73,7 +73,9 @@ def write_export(
         else:
             _upload(folder, target, manifest)
     finally:
-        shutil.rmtree(folder if local else parent, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        if not local:
+            remove_scratch(parent)
 
 
 def fetch_export(uri: str) -> Path:
@@ -200,8 +202,8 @@ def _upload(folder: Path, target: str, manifest: ExportManifest) -> None:
 
 def _download(uri: str, manifest: ExportManifest, folder: Path) -> None:
     file_system, path = storage.filesystem(uri)
-    part = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.part")
-    part.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = new_scratch("checkpoint", parent=folder.parent)  # to be renamed: on one disk with its place
     try:
         for name, expected in manifest.files.items():
             file_system.get_file(f"{path}/{name}", str(part / name))
@@ -214,7 +216,7 @@ def _download(uri: str, manifest: ExportManifest, folder: Path) -> None:
             if not folder.exists():  # another process of this machine was faster: its copy is as good
                 raise
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        remove_scratch(part)
 
 
 def _sha256(path: Path) -> str:

@@ -7,14 +7,13 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipelines import storage
+from pipelines.storage.scratch import new_scratch, remove_scratch
 from pipelines.training.errands import Errands
 from pipelines.training.scores import NewScores, read_scores
 from pipelines.training.tracking import Tracker
@@ -49,7 +48,7 @@ class RunLog:
 
         self._uri = run_uri
         self._local = storage.is_local(run_uri)
-        self._folder = Path(run_uri if self._local else tempfile.mkdtemp(prefix="flashsloth-log-"))
+        self._folder = Path(run_uri) if self._local else new_scratch("log")
         self._folder.mkdir(parents=True, exist_ok=True)
         self._num_steps = num_steps
         self._step = start_step
@@ -103,7 +102,7 @@ class RunLog:
         self.flush()
         self._copying.close()
         if not self._local:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            remove_scratch(self._folder)
 
     def _add_scores(self, scores: NewScores) -> None:
         # TensorBoard has them from whoever found them, who needs no running training for that.

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 import threading
 import time
 import uuid
@@ -27,6 +26,7 @@ from safetensors import SafetensorError
 
 from pipelines import storage
 from pipelines.storage.faults import naming
+from pipelines.storage.scratch import new_scratch, remove_scratch
 from pipelines.training.checkpoint import (
     MANIFEST_NAME,
     PREFIX,
@@ -102,18 +102,18 @@ class CheckpointSaver:
         self.settle()
         started = time.perf_counter()
         name = f"{PREFIX}{progress.step:08d}-{self._ranks.share(uuid.uuid4().hex[:8])}"
-        folder = Path(self._run_uri) / name if self._local else Path(tempfile.mkdtemp(prefix=f"flashsloth-{name}-"))
         rank, world_size = self._ranks.rank, self._ranks.world_size
         file = f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
-        problem = None
+        problem: str | None = None
+        folder: Path | None = None
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder = self._make_folder(name)
             write_state(engine, folder / file)
         except (OSError, SafetensorError) as error:
-            problem = f"rank {rank}, {folder / file}: {error}"
+            problem = f"rank {rank}, {folder / file if folder else file}: {error}"
         problems = [found for found in self._ranks.gather(problem) if found]
-        if problems:
-            shutil.rmtree(folder, ignore_errors=True)
+        if folder is None or problems:
+            self._remove_folder(folder)
             raise CheckpointError(
                 f"the checkpoint of step {progress.step} cannot be written ({'; '.join(problems)}); "
                 "the checkpoints before it are as they were: make room and run the same command again"
@@ -144,6 +144,19 @@ class CheckpointSaver:
             self.failed = 0
             self._report(save.name, save.manifest.progress.step)
         self.blocked_s += time.perf_counter() - started
+
+    def _make_folder(self, name: str) -> Path:
+        if not self._local:
+            return new_scratch(name)
+        folder = Path(self._run_uri) / name
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def _remove_folder(self, folder: Path | None) -> None:
+        if folder and self._local:
+            shutil.rmtree(folder, ignore_errors=True)
+        elif folder:
+            remove_scratch(folder)
 
     def _count(self, save: _Save) -> None:
         self.failed += 1
@@ -187,5 +200,5 @@ class CheckpointSaver:
                 with naming(target):
                     file_system.put_file(str(path), target_path)
             finally:
-                shutil.rmtree(save.folder, ignore_errors=True)
+                self._remove_folder(save.folder)
         return entry

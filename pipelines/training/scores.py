@@ -9,14 +9,13 @@ them into `metrics.jsonl`, and tells its trackers.
 from __future__ import annotations
 
 import math
-import tempfile
 from collections import deque
 from collections.abc import Iterable
-from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipelines import storage
+from pipelines.storage.scratch import scratch
 from pipelines.training.errands import Errands
 from pipelines.training.settings import EvaluationSettings, Metric
 
@@ -154,11 +153,11 @@ class ScoreLog:
 
         # A file for each score, which is whole when it arrives: an object store cannot append. In a folder of their
         # own: TensorBoard leaves a file for good once there is a younger one beside it, and the training's still grows.
-        with tempfile.TemporaryDirectory(prefix="flashsloth-score-") as folder:
-            with SummaryWriter(folder, filename_suffix=f".{score.checkpoint}") as board:
+        with scratch("score") as folder:
+            with SummaryWriter(str(folder), filename_suffix=f".{score.checkpoint}") as board:
                 for name, value in score.figures.items():
                     board.add_scalar(f"evaluation/{name}", value, score.step)
-            for path in Path(folder).iterdir():
+            for path in folder.iterdir():
                 storage.write_bytes(storage.join(self._uri, BOARD_FOLDER, path.name), path.read_bytes())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,16 @@ def test_dataset_on_s3_is_fetched_once_and_checked(s3_uri: str, tmp_path: Path) 
     with pytest.raises(ShardError, match=f"{first.name}: expected {first.bytes} bytes with sha256 {first.sha256}"):
         ShardedDataset(s3_uri, cache_dir=str(tmp_path / "empty")).read(0)
     assert not any((tmp_path / "empty").rglob(f"*{first.sha256}*"))
+
+
+def test_parts_of_processes_that_were_killed_leave_the_cache(tmp_path: Path) -> None:
+    old, young = (tmp_path / f".{number:064d}.arrow.0.part" for number in range(2))
+    for part in (old, young):
+        part.write_bytes(b"x")
+    an_hour_ago = time.time() - 3601
+    os.utime(old, (an_hour_ago, an_hour_ago))
+    ShardCache(str(tmp_path), 100).get("2" * 64, 1, lambda path: path.write_bytes(b"x") and None)
+    assert (old.exists(), young.exists()) == (False, True)
 
 
 @pytest.fixture
