@@ -209,8 +209,7 @@ class _Bench:
                 if copies.is_local:
                     for read in readers.values():
                         read()  # files that were read before: disks are not what is compared
-                rounds = self.settings.rounds if copies.is_local else 1
-                found[title] = take_turns(readers, rounds, partial(_say_of, f"{where}, {title}"))
+                found[title] = take_turns(readers, self.settings.rounds, partial(_say_of, f"{where}, {title}"))
         self.tables.append(reading_table(where, found))
         for title, each in found.items():
             own, *others = each.figures[0]

@@ -10,7 +10,7 @@ from threading import Lock
 
 from pipelines.shards.cache import ShardCache
 
-AHEAD = 2
+AHEAD = 3
 """Shards that a process fetches while it reads another one: enough that the store is never idle."""
 
 
