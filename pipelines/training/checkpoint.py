@@ -190,6 +190,7 @@ def verified(uri: str, ranks: Ranks) -> Iterator[tuple[CheckpointManifest, Path]
         if isinstance(problem, Exception):
             raise CheckpointError(f"{uri} cannot be read: {problem}") from problem
         yield problem or (manifest, folder)
+        ranks.barrier()  # not every file system has the locks by which nobody removes what another one reads
     finally:
         remove_scratch(folder)
 

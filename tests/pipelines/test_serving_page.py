@@ -276,6 +276,27 @@ def test_the_answer_streams_and_can_be_stopped(site: Site, open_page: Any, monke
     site.service.adopt(site.policy)
 
 
+def test_a_conversation_is_begun_anew_about_the_same_picture(site: Site, open_page: Any) -> None:
+    site.service.adopt(Policy(limits=Limits(default_max_tokens=900)))
+    page = open_page(site)
+    expect(page.get_by_role("button", name="Start over")).to_be_hidden()
+    page.set_input_files("#files", pictures(4))
+    ask(page, "What is it?")
+    expect(page.locator(".assistant")).to_have_text(re.compile("."), timeout=PATIENCE_MS)
+    page.get_by_role("button", name="Start over").click()  # also while it is answered
+    expect(page.locator(".turn, .wrong, .figures")).to_have_count(0)
+    expect(page.get_by_role("button", name="Ask")).to_be_visible()
+    site.service.adopt(site.policy)
+    site.backend.prompts.clear()
+    page.keyboard.type("And what is this?\n")
+    wait_for_answers(page, 1)
+    expect(page.locator(".user")).to_have_text(["And what is this?"])
+    [prompt] = site.backend.prompts
+    assert prompt.pixel_values is not None
+    [alone] = site.backend.engine.generate([prompt])
+    assert page.locator(".assistant").text_content() == alone.text
+
+
 def test_an_answer_that_is_cut_off_is_shown_as_such(site: Site, open_page: Any) -> None:
     """By a proxy between them, say, that ends the response in good form."""
     page = open_page(site)
@@ -318,7 +339,7 @@ def test_on_a_phone_nothing_is_cut_off(site: Site, open_page: Any) -> None:
     page.get_by_role("button", name="Ask").tap()
     wait_for_answers(page, 1)
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-    for name in ("Picture", "Ask"):
+    for name in ("Picture", "Ask", "Start over"):
         box = page.get_by_role("button", name=name, exact=True).bounding_box()
         assert box["height"] >= 44  # what a thumb hits
         assert box["x"] >= 0 and box["x"] + box["width"] <= 360
