@@ -54,7 +54,11 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(200, {"object": "list", "data": data})
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        length = int(self.headers["Content-Length"])
+        data = self.rfile.read(length)
+        if len(data) < length:  # a client that left while it sent
+            return
+        body = json.loads(data)
         with self.server.lock:
             number = len(self.server.asked)
             self.server.asked.append(body)

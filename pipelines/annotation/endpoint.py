@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import random
 import threading
 import time
@@ -27,6 +28,7 @@ from pipelines.annotation.answering import Question
 from pipelines.annotation.parts import Answered
 from pipelines.annotation.replies import Completion, ModelList, NoReplyError, read_reply
 from pipelines.annotation.settings import EndpointSettings
+from pipelines.records import shortened
 from pipelines.serving.completions import fingerprint
 
 _AHEAD = 2  # questions in hand per request under way
@@ -100,7 +102,7 @@ class EndpointAsker:
         try:
             completion = self._until_answered(lambda: self._complete(**body))
         except APIStatusError as error:
-            field = (error.param or "").partition(".")[0]
+            field = str(error.param).partition(".")[0]
             # Each row would be refused for it; of another service's refusal nobody knows what it depends on.
             if self.model_hash and error.status_code in _OUR_FAULT and field in _OF_ALL_ROWS:
                 raise EndpointError(f"{self.settings.url}: refuses {field}: {_message(error)}") from error
@@ -232,8 +234,12 @@ def _data_uri(data: bytes, picture: Image.Image) -> str:
 
 
 def _message(error: APIStatusError) -> str:
-    body = error.body if isinstance(error.body, dict) else {}
-    return str(body.get("message") or error.message).splitlines()[0]
+    """What the service says: OpenAI's services and ours in a `message`, others in a `detail` or just so."""
+    body = error.body
+    if isinstance(body, dict):
+        body = body.get("message") or body.get("detail") or body
+    said = body if isinstance(body, str) else json.dumps(body)
+    return shortened(" ".join(said.split())) or error.message
 
 
 def _failure(settings: EndpointSettings, error: OpenAIError) -> EndpointError:

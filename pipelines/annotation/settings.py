@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import string
 from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import AliasChoices, Field, field_validator, model_validator
 
@@ -42,8 +43,17 @@ class EndpointSettings(Section):
     @field_validator("url")
     @classmethod
     def _is_http(cls, value: str) -> str:
+        example = "such as http://127.0.0.1:8000/v1"
         if not re.match(r"https?://[^/]", value, re.IGNORECASE):
-            raise ValueError("it begins with http:// or https:// and a host, such as http://127.0.0.1:8000/v1")
+            raise ValueError(f"it begins with http:// or https:// and a host, {example}")
+        try:
+            parts = urlsplit(value)
+            (parts.hostname or "").encode("idna")
+            _ = parts.port
+        except ValueError as error:
+            raise ValueError(f"{error}; it has a host and, after a colon, a port, {example}") from error
+        if not parts.hostname or re.search(r"[\s\x00-\x1f\x7f]", value):
+            raise ValueError(f"it has a host and nowhere a space, {example}")
         return value
 
 
@@ -55,7 +65,7 @@ class AnnotateSettings(JobSettings):
 
     sources: list[SourceSettings] = Field(min_length=1)
     """The corpora, in the order of the output."""
-    output: str
+    output: str = Field(min_length=1)
     """Folder or URI to write the answers into."""
     checkpoint: str | None = None
     """Folder or URI of an exported checkpoint. This, or `endpoint`."""

@@ -172,6 +172,9 @@ def _file_terms(named: tuple[SourceSettings, str, str]) -> SourceTerms:
             f"source '{source.name}': {path} is a folder; for all of its files write a pattern, such as "
             f"{storage.join(path, _PATTERNS.get(source.format, '*.json'))}"
         ) from error
+    except NotADirectoryError as error:
+        below = "; images are read from a folder" if source.format == "images" else ""
+        raise PlanError(f"source '{source.name}': {path} is not below a folder, or none itself{below}") from error
     except (StorageError, FileFormatError):  # which name the path themselves
         raise
     except ValueError as error:  # such as the hub's, of a path that can be none of its own

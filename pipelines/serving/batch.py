@@ -87,9 +87,13 @@ class ContinuousBatch:
         """Whether a step has anything to do, or is at it."""
         return bool(self.rows or self._waiting or self._stepping)
 
-    @property
-    def full(self) -> bool:
-        """Whether the next request would be refused. Who gets a free slot at the next step waits for none."""
+    def has_room(self) -> bool:
+        """Whether the next request would be let in."""
+        with self._lock:
+            return not self._is_full()
+
+    def _is_full(self) -> bool:
+        """Who gets a free slot at the next step waits for none. To be called with the lock."""
         free = self.slots.num_slots - len(self.rows) - len(self._joining)
         return len(self._waiting) >= free + self.settings.max_waiting
 
@@ -103,7 +107,7 @@ class ContinuousBatch:
         self.check(prompt)
         ticket = Ticket(prompt)
         with self._lock:
-            if self.full:
+            if self._is_full():
                 raise EngineFull(f"{self.settings.max_waiting} requests wait for a slot, as many as may (max_waiting)")
             if not self.busy:
                 self.last_step_at = time.monotonic()

@@ -185,7 +185,7 @@ class Engine:
 
     def _submit_in_turn(self, prompt: Prompt) -> Ticket:
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or not self._batch.full)
+            self._changed.wait_for(lambda: self._closed or self._batch.has_room())
             return self.submit(prompt)
 
     def _run(self) -> None:

@@ -148,10 +148,11 @@ def read_sampling(request: ChatRequest, limits: Limits) -> Sampling:
         raise ApiError(
             422, "give max_tokens or max_completion_tokens, not both", "invalid_request", "max_completion_tokens"
         )
-    asked = request.max_completion_tokens if request.max_tokens is None else request.max_tokens
+    limited_by = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
+    asked: int | None = getattr(request, limited_by)
     if asked is not None and asked > limits.max_tokens:
-        message = f"max_tokens is {shown(str(asked))}, at most {limits.max_tokens} are allowed"
-        raise ApiError(422, message, "max_tokens_too_large", "max_tokens")
+        message = f"{limited_by} is {shown(str(asked))}, at most {limits.max_tokens} are allowed"
+        raise ApiError(422, message, "max_tokens_too_large", limited_by)
     stops = request.stop or []
     if len(stops) > _MOST_STOPS or not all(stops):
         message = f"stop takes 1 to {_MOST_STOPS} texts that are not empty, got {shown(repr(stops[: _MOST_STOPS + 1]))}"

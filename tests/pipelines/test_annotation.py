@@ -101,6 +101,12 @@ def test_row_that_cannot_be_asked(given: Record, prompt: str | None, reason: str
         ({"temperature": float("inf")}, "temperature\n.*finite number"),
         ({"endpoint": {"url": "127.0.0.1:8000/v1"}}, r"endpoint\.url\n.*begins with http:// or https:// and a host"),
         ({"endpoint": {"url": "http:///v1"}}, r"endpoint\.url\n.*begins with http:// or https:// and a host"),
+        ({"endpoint": {"url": "http://h:80:/v1"}}, r"endpoint\.url\n.*'80:'; it has a host and, after a colon, a port"),
+        ({"endpoint": {"url": "http://h:99999/v1"}}, r"endpoint\.url\n.*Port out of range 0-65535; it has a host"),
+        ({"endpoint": {"url": "http://../v1"}}, r"endpoint\.url\n.*label empty or too long.*; it has a host"),
+        ({"endpoint": {"url": "http://:8000/v1"}}, r"endpoint\.url\n.*it has a host and nowhere a space"),
+        ({"endpoint": {"url": "http://h/v1\n"}}, r"endpoint\.url\n.*it has a host and nowhere a space"),
+        ({"output": ""}, r"output\n.*at least 1 character"),
     ],
 )
 def test_mistake_in_the_settings_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:

@@ -86,6 +86,25 @@ def test_refused_row_has_the_reason_and_others_their_answers(corpus: Path, servi
     assert errors == {None, "too_long: this prompt is too long", "no_answer: the service ended with 'content_filter'"}
 
 
+@pytest.mark.parametrize(
+    ("refused", "said"),
+    [
+        ({"error": {"message": "too\nlong", "param": ["messages", 0]}}, "too long"),
+        ({"error": "it is too long"}, "it is too long"),
+        ({"detail": "it is too long"}, "it is too long"),
+        ({"detail": [{"loc": ["body", "n"], "msg": "bad"}]}, '[{"loc": ["body", "n"], "msg": "bad"}]'),
+        ({"fault": 7}, '{"fault": 7}'),
+        ("<p>no</p>", "<p>no</p>"),
+        ("", "Error code: 422"),
+    ],
+)
+def test_what_another_service_says_of_a_row_is_kept(corpus: Path, service: Service, refused: Any, said: str) -> None:
+    service.reply = lambda number, body: (422, refused) if number == 4 else (200, completion("Yes."))
+    asked = settings(corpus, service.url, max_error_share=0.5)
+    assert annotate_here(asked).errors == {"refused": 1}
+    assert {each["error"] for each in rows_of(asked.output)} == {None, f"refused: {said}"}
+
+
 def test_busy_service_is_asked_again(corpus: Path, service: Service) -> None:
     busy = refusal("too many requests are waiting", "overloaded")
     service.reply = lambda number, body: (429, busy) if number < 3 else (200, completion("Yes."))

@@ -220,6 +220,14 @@ def test_a_file_whose_name_is_no_text_is_named(tmp_path: Path) -> None:
     str(raised.value).encode()
 
 
+def test_a_path_that_goes_through_a_file_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.jsonl", 2)
+    with pytest.raises(PlanError, match=rf"source 'a': {path}/b\.jsonl is not below a folder, or none itself$"):
+        source_terms([SourceSettings(path=f"{path}/b.jsonl", name="a")])
+    with pytest.raises(PlanError, match=rf"source 'a': {path} is not .*itself; images are read from a folder$"):
+        source_terms([SourceSettings(path=str(path), name="a", format="images", image_root=str(path))])
+
+
 def test_a_source_without_rows_is_named(tmp_path: Path) -> None:
     good, empty = write(tmp_path, "a.jsonl", 2), write(tmp_path, "b.jsonl", 0)
     with pytest.raises(PlanError, match=rf"source 'b': {empty} holds no rows"):

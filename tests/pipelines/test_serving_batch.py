@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -186,15 +187,30 @@ def test_a_full_queue_refuses(processor: FlashSlothProcessor, build_batch: Calla
     batch = build_batch(max_slots=3, max_waiting=2)
     prompts = [sampled(prompt, max_tokens=20) for prompt in mixed_prompts(processor)]
     for prompt in prompts[:5]:
-        assert not batch.full
+        assert batch.has_room()
         batch.submit(prompt)
     for _ in range(5):  # however far the first three are
         with pytest.raises(EngineFull, match="2 requests wait for a slot, as many as may"):
             batch.submit(prompts[5])
         batch.step()
-    while batch.full:  # until one has its answer
+    while not batch.has_room():  # until one has its answer
         batch.step()
     batch.submit(prompts[5])
+
+
+def test_room_is_not_looked_for_while_a_request_is_between_the_queue_and_a_slot(
+    build_batch: Callable[..., ContinuousBatch],
+) -> None:
+    """Whoever waits for room would see some that is none, and be refused in place of waiting on."""
+    batch = build_batch(max_slots=1, max_waiting=1)
+    found: list[bool] = []
+    looking = threading.Thread(target=lambda: found.append(batch.has_room()))
+    with batch._lock:
+        looking.start()
+        looking.join(0.2)
+        assert looking.is_alive()
+    looking.join(10)
+    assert found == [True]
 
 
 def spoiled(prompt: Prompt, what: str) -> Prompt:

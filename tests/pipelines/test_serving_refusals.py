@@ -39,6 +39,11 @@ REFUSED = {
     "temperature": ({"temperature": -1}, "temperature", ""),
     "top_p": ({"top_p": 0}, "top_p", ""),
     "too many tokens": ({"max_tokens": 33}, "max_tokens", "max_tokens is 33, at most 32 are allowed"),
+    "too many tokens by their new name": (
+        {"max_completion_tokens": 33},
+        "max_completion_tokens",
+        "max_completion_tokens is 33, at most 32 are allowed",
+    ),
     "a length in quotes": ({"max_tokens": "5"}, "max_tokens", "a number is expected"),
     "a length that is true": ({"max_tokens": True}, "max_tokens", "a number is expected"),
     "a truth that is 1": ({"stream": 1}, "stream", "true or false is expected"),
