@@ -2,10 +2,11 @@
 
 A run starts hundreds of them, and most of what each does is to import Ray, torch and transformers. Python looks through
 all that is there for garbage after every 700 new objects, of which none is garbage: a tenth of the run's CPU time. By
-`gc.freeze` flashsloth and Serve say that all is loaded: from then on a process searches as those of users do. A service
-would collect a hundred megabytes of what streams leave behind, otherwise. And transformers reads each of its 1,600 model
-files, twice, to see which names they define: a quarter of what it takes to import the model. Here the first process
-writes down what that gives, and the others read it.
+`gc.freeze` flashsloth and Serve say that all is loaded: from then on a process searches as those of users do. Otherwise
+a service would collect a hundred megabytes of what streams leave behind.
+
+And transformers reads each of its 1,600 model files, twice, to see which names they define: a quarter of what it takes
+to import the model. Here the first process writes down what that gives, and the others read it.
 """
 
 import contextlib
